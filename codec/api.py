@@ -1,0 +1,346 @@
+"""The Python interface: encode and decode pictures, inspect and check files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calotype import container, media, rate
+from calotype.container import Header, Still
+from calotype.errors import InputError, LimitError, ModelNotFoundError
+from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE, MAX_TILES
+from calotype.media import Picture
+from calotype.models import zoo
+from calotype.rate import QUALITY_STEPS, Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from calotype.picture import PictureCoder, Stopwatch
+
+DEFAULT_MODEL = "hyperprior"
+DEFAULT_QUALITY = 60.0
+DEFAULT_TILE = 1024
+METADATA = ("icc", "exif", "xmp")
+SCALES = (1, 2, 4, 8)
+Progress = Callable[[float], None]
+Region = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded file; `psnr` (dB, RGB, 8 bit) is known only if the encoder decoded its output."""
+
+    data: bytes
+    quality: float
+    bpp: float
+    psnr: float | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded picture, and the numbers of the tiles that were damaged (empty unless `allow_partial`)."""
+
+    picture: Picture
+    damaged: tuple[int, ...]
+    seconds: Mapping[str, float]
+
+
+def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB of two 8-bit pictures of equal shape; infinite if they are equal."""
+    squares = 0.0
+    for start in range(0, a.shape[0], 512):  # in strips: a float copy of a large picture would be eight times its size
+        difference = a[start : start + 512].astype(np.int32) - b[start : start + 512]
+        squares += float(np.square(difference).sum(dtype=np.float64))
+    return float("inf") if squares == 0 else 10 * float(np.log10(255**2 * a.size / squares))
+
+
+def models() -> list[zoo.ModelSpec]:
+    """The shipped models."""
+    return [zoo.describe(name) for name in zoo.names()]
+
+
+def model(name: str) -> zoo.ModelSpec:
+    """A shipped model. Raises ModelNotFoundError."""
+    try:
+        return zoo.describe(name)
+    except zoo.WeightsError as error:
+        raise ModelNotFoundError(str(error)) from error
+
+
+def verify_model(name: str) -> None:
+    """Check the SHA-256 of a model's weights. Raises ModelNotFoundError."""
+    try:
+        zoo.verify_weights(name)
+    except zoo.WeightsError as error:
+        raise ModelNotFoundError(str(error)) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU. Raises InputError for an unknown or absent device."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"unsupported device {device!r}: use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device} is not here: {torch.cuda.device_count()} CUDA devices found; use --device cpu")
+    return chosen
+
+
+@functools.cache
+def _coder(name: str, device: str) -> PictureCoder:
+    from calotype.picture import PictureCoder
+
+    chosen = pick_device(device)
+    try:
+        return PictureCoder(zoo.load(name, str(chosen)), chosen)
+    except zoo.WeightsError as error:
+        raise ModelNotFoundError(str(error)) from error
+
+
+class Codec:
+    """A model on a device: encodes and decodes pictures. Threads may share one."""
+
+    def __init__(self, coder: PictureCoder, spec: zoo.ModelSpec) -> None:
+        self.coder, self.spec = coder, spec
+
+    @classmethod
+    def load(cls, model: str = DEFAULT_MODEL, *, device: str = "auto") -> Codec:
+        """Load shipped weights (cached). Raises ModelNotFoundError, InputError for a device that is not here."""
+        return cls(_coder(model, device), globals()["model"](model))
+
+    def encode(
+        self,
+        picture: Picture,
+        *,
+        quality: float = DEFAULT_QUALITY,
+        target: Target | None = None,
+        tile: int = DEFAULT_TILE,
+        metadata: Collection[str] = METADATA,
+        progress: Progress | None = None,
+    ) -> Encoded:
+        """Encode a picture.
+
+        Args:
+            quality: 0 (smallest) to 100 (best), in steps of 0.1; ignored if there is a target.
+            target: end just below a size or rate, or at a PSNR.
+            tile: side in pixels of the tiles that can be decoded alone: 256, 512, 1024, 2048 or 4096.
+            metadata: which of "icc", "exif" and "xmp" are kept.
+            progress: called with the fraction that is done.
+        Raises:
+            InputError for arguments out of range, LimitError, TargetError.
+        """
+        from calotype.picture import Stopwatch
+
+        if not 0 <= quality <= 100:
+            raise InputError(f"quality must be 0 to 100, got {quality:g}")
+        if tile not in container.TILE_SIZES:
+            raise InputError(f"tile must be one of {', '.join(map(str, container.TILE_SIZES))}, got {tile}")
+        unknown = set(metadata) - set(METADATA)
+        if unknown:
+            raise InputError(f"unknown metadata {', '.join(sorted(unknown))}: use {', '.join(METADATA)}")
+        if max(picture.width, picture.height) > MAX_SIDE:
+            raise LimitError(f"{picture.width}x{picture.height}: a side may have {MAX_SIDE} pixels at most")
+        if -(-picture.width // tile) * -(-picture.height // tile) > MAX_TILES:
+            raise LimitError(f"more than {MAX_TILES} tiles: use larger ones")
+        watch = Stopwatch(self.coder.device)
+        boxes = {key: value for key in METADATA if key in metadata and (value := getattr(picture, key))}
+        with watch("alpha"):
+            alpha = None if picture.alpha is None else media.encode_alpha(picture.alpha)
+
+        def pack(step: int, on_progress: Progress | None = None) -> bytes:
+            tiles = self.coder.encode(picture.pixels, step, tile, watch, on_progress)
+            header = Header(
+                picture.width, picture.height, picture.pixels.shape[2], alpha is not None, tile, step, self.spec.id,
+                bytes.fromhex(self.spec.sha256[:16]),
+            )  # type: ignore[arg-type]  # fmt: skip
+            return container.write_still(header, tiles, boxes=boxes, alpha=alpha)
+
+        area = picture.width * picture.height
+        reached: float | None = None
+        if target is None:
+            step = round(quality * QUALITY_STEPS / 100)
+            data = pack(step, progress)
+        else:
+            trials = 0
+
+            def trial(step: int) -> tuple[float, tuple[bytes, float | None]]:
+                nonlocal trials
+                data = pack(step)
+                trials += 1
+                if progress:
+                    progress(1 - 0.7**trials)  # the number of trials is not known in advance
+                if target.kind == "psnr":
+                    value = psnr(picture.pixels, self._decode_pixels(container.read_still(data, max_pixels=area), watch))
+                    return value, (data, value)
+                return (len(data) * 8 / area if target.kind == "bpp" else float(len(data))), (data, None)
+
+            step, (data, reached) = rate.search(target, trial)
+            if progress:
+                progress(1.0)
+        return Encoded(data, step * 100 / QUALITY_STEPS, len(data) * 8 / area, reached, watch.seconds)
+
+    def decode(
+        self,
+        data: bytes,
+        *,
+        region: Region | None = None,
+        scale: int = 1,
+        allow_partial: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        progress: Progress | None = None,
+    ) -> Decoded:
+        """Decode a file.
+
+        Args:
+            region: (x, y, width, height) in pixels of the full picture; only the tiles it touches are decoded.
+            scale: 1, 2, 4 or 8: the picture, or region, at 1/scale of its size.
+            allow_partial: fill in damaged tiles instead of raising.
+            max_pixels: refuse larger pictures before allocating memory for them.
+        Raises:
+            FormatError and its kinds, LimitError, ModelNotFoundError, DriftError, InputError for bad arguments.
+        """
+        from calotype.picture import Stopwatch
+
+        if scale not in SCALES:
+            raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
+        watch = Stopwatch(self.coder.device)
+        with watch("parse"):
+            still = container.read_still(data, max_pixels=max_pixels, partial=allow_partial)
+        codec = self._for(still.header)
+        damaged: list[int] = []
+        pixels = codec._decode_pixels(still, watch, region, scale, damaged, allow_partial, progress)
+        alpha = None
+        if still.alpha is not None:
+            with watch("alpha"):
+                alpha = _crop_alpha(still, region, scale)
+        picture = Picture(pixels, alpha, still.boxes.get("icc"), still.boxes.get("exif"), still.boxes.get("xmp"))
+        return Decoded(picture, tuple(sorted(damaged)), watch.seconds)
+
+    def _for(self, header: Header) -> Codec:
+        """This codec, or the one whose weights the file names. Raises ModelNotFoundError."""
+        if bytes.fromhex(self.spec.sha256[:16]) == header.weights:
+            return self
+        name = zoo.name_of(header.weights)
+        if name is None:
+            raise ModelNotFoundError(
+                f"the file needs weights {header.weights.hex()} (model {header.model}), which are not installed: "
+                "use the Calotype version that wrote it"
+            )
+        return Codec.load(name, device=str(self.coder.device))
+
+    def _decode_pixels(
+        self,
+        still: Still,
+        watch: Stopwatch,
+        region: Region | None = None,
+        scale: int = 1,
+        damaged: list[int] | None = None,
+        allow_partial: bool = False,
+        progress: Progress | None = None,
+        symbols_seen: Callable[[int, bytes], None] | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        from calotype.picture import Box
+
+        header = still.header
+        x, y, width, height = region or (0, 0, header.width, header.height)
+        if min(x, y) < 0 or min(width, height) < 1 or x + width > header.width or y + height > header.height:
+            raise InputError(
+                f"region {x},{y},{width},{height} is not inside the picture of {header.width}x{header.height}"
+            )
+        pixels = self.coder.decode(
+            still.tiles.__getitem__,
+            (header.height, header.width),
+            header.quality,
+            header.tile,
+            area=Box(y, x, y + height, x + width),
+            scale=scale,
+            watch=watch,
+            damaged=damaged if damaged is not None else [],
+            allow_partial=allow_partial,
+            progress=progress,
+            symbols_seen=symbols_seen,
+        )
+        if header.channels == 1:
+            return np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8)
+        return pixels
+
+    def symbol_hash(self, data: bytes) -> str:
+        """SHA-256 of all decoded symbols in raster order of the tiles: equal on every machine."""
+        from calotype.picture import Stopwatch, symbol_digest
+
+        still = container.read_still(data)
+        parts: dict[int, list[bytes]] = {}
+        self._for(still.header)._decode_pixels(
+            still,
+            Stopwatch(self.coder.device),
+            scale=8,
+            symbols_seen=lambda number, symbols: parts.setdefault(number, []).append(symbols),
+        )
+        return symbol_digest(parts)
+
+    def verify(self, data: bytes, *, deep: bool = False) -> None:
+        """Check every CRC; with `deep` also decode every symbol. Raises FormatError and its kinds, DriftError."""
+        container.read_still(data)
+        if deep:
+            self.symbol_hash(data)
+
+
+def _crop_alpha(still: Still, region: Region | None, scale: int) -> npt.NDArray[np.uint8]:
+    """The alpha plane of a region, reduced by the mean of scale x scale pixels."""
+    assert still.alpha is not None
+    header = still.header
+    x, y, width, height = region or (0, 0, header.width, header.height)
+    full = media.decode_alpha(still.alpha, header.width, header.height)
+    if scale == 1:
+        return np.ascontiguousarray(full[y : y + height, x : x + width])
+    # The grid of the reduced picture is anchored at the origin, as for the pixels.
+    top, left = y // scale * scale, x // scale * scale
+    bottom, right = -(-(y + height) // scale) * scale, -(-(x + width) // scale) * scale
+    part = full[top:bottom, left:right].astype(np.float32)
+    part = np.pad(part, ((0, bottom - top - part.shape[0]), (0, right - left - part.shape[1])), mode="edge")
+    return np.rint(part.reshape(part.shape[0] // scale, scale, -1, scale).mean((1, 3))).astype(np.uint8)
+
+
+def as_picture(image: Any) -> Picture:
+    """A `Picture` of an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] uint8, or of a Pillow image."""
+    if isinstance(image, Picture):
+        return image
+    if hasattr(image, "getexif"):
+        return media.from_pillow(image)
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim == 3 and array.shape[2] == 4:
+        return Picture(np.ascontiguousarray(array[:, :, :3]), np.ascontiguousarray(array[:, :, 3]))
+    return Picture(array)
+
+
+def encode(image: Any, *, model: str = DEFAULT_MODEL, device: str = "auto", **options: Any) -> bytes:
+    """Encode an array, Pillow image or `Picture` to the bytes of a `.clt` file; options as `Codec.encode`."""
+    return Codec.load(model, device=device).encode(as_picture(image), **options).data
+
+
+def decode(data: bytes, *, device: str = "auto", **options: Any) -> npt.NDArray[np.uint8]:
+    """Decode to [H, W, C] uint8, alpha as the last channel if there is one; options as `Codec.decode`."""
+    header = container.read_header(data)
+    name = zoo.name_of(header.weights) or DEFAULT_MODEL
+    picture = Codec.load(name, device=device).decode(data, **options).picture
+    return picture.pixels if picture.alpha is None else np.dstack([picture.pixels, picture.alpha])
+
+
+def strip_metadata(picture: Picture, ignore: Collection[str]) -> Picture:
+    """The picture without the named metadata."""
+    return replace(picture, **dict.fromkeys(ignore))  # type: ignore[arg-type]

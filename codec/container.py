@@ -1,0 +1,340 @@
+"""The `.clt` chunk file: header, metadata boxes, one chunk a tile. No networks, no pixels. See docs/FORMAT.md."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from calotype.errors import ChecksumError, FormatError, LimitError, TruncatedError
+from calotype.limits import DEFAULT_MAX_PIXELS, MAX_METADATA, MAX_SIDE, MAX_TILES
+
+SUFFIX = ".clt"
+MAGIC = b"\x89CLT\r\n\x1a\n"
+VERSION = (1, 0)
+PROFILE = 1
+"""Arithmetic profile: the integer rules of `calotype.models.exact`."""
+
+_HEADER = struct.Struct("<BBIIBBHHB8s")
+_CHUNK = struct.Struct("<I4s")
+_CRC = struct.Struct("<I")
+_FIXED = len(MAGIC) + _CHUNK.size + _HEADER.size + _CRC.size
+
+HEADER, TABLE, TILE, ALPHA = b"HEAD", b"TIDX", b"TILE", b"ALPH"
+BOXES: Mapping[str, bytes] = {"icc": b"iCCP", "exif": b"eXIF", "xmp": b"xMPd"}
+_Report = Callable[[FormatError], None]
+TILE_SIZES = (256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fixed fields of a still picture.
+
+    quality is an integer in [0, 1000]; weights are the first 8 bytes of the SHA-256 of the weights file.
+    """
+
+    width: int
+    height: int
+    channels: Literal[1, 3]
+    alpha: bool
+    tile: int
+    quality: int
+    model: int
+    weights: bytes
+
+    def pack(self) -> bytes:
+        flags = self.channels | (4 if self.alpha else 0)
+        return _HEADER.pack(
+            *VERSION, self.width, self.height, flags, self.tile.bit_length() - 1, self.quality, self.model, PROFILE,
+            self.weights,
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Header:
+        """Raises FormatError for anything that this version could not have written."""
+        if len(payload) < 2:
+            raise FormatError("the header is too short: the file is damaged")
+        if payload[0] != VERSION[0]:
+            raise FormatError(
+                f"the file is of format version {payload[0]}.{payload[1]}; this program reads {VERSION[0]}.x: "
+                "use a newer Calotype"
+            )
+        if len(payload) < _HEADER.size:
+            raise FormatError("the header is too short: the file is damaged")
+        _, _, width, height, flags, tile, quality, model, profile, weights = _HEADER.unpack_from(payload)
+        channels = flags & 3
+        if profile != PROFILE:
+            raise FormatError(f"arithmetic profile {profile} is unknown: use a newer Calotype")
+        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+            raise FormatError(f"impossible picture size {width}x{height}: the file is damaged")
+        if channels not in (1, 3) or flags & ~7 or not 8 <= tile <= 12 or quality > 1000:
+            raise FormatError("a header field is out of range: the file is damaged")
+        header = cls(width, height, channels, bool(flags & 4), 1 << tile, quality, model, weights)
+        if header.tiles > MAX_TILES:
+            raise LimitError(f"{header.tiles} tiles are more than the {MAX_TILES} that this program reads")
+        return header
+
+    @property
+    def columns(self) -> int:
+        return -(-self.width // self.tile)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.height // self.tile)
+
+    @property
+    def tiles(self) -> int:
+        return self.columns * self.rows
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk as it lies in the file; `payload` is a view, not a copy."""
+
+    name: bytes
+    offset: int
+    payload: memoryview
+    crc_ok: bool
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole chunk."""
+        return _CHUNK.size + len(self.payload) + _CRC.size
+
+
+class ChunkInfo(BaseModel):
+    """A line of `calotype info --chunks`."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    offset: int
+    length: int
+    crc_ok: bool
+
+
+class ImageInfo(BaseModel):
+    """What a file says about itself without being decoded."""
+
+    model_config = ConfigDict(frozen=True)
+    width: int
+    height: int
+    channels: int
+    alpha: bool
+    quality: float
+    model: str | None
+    weights: str
+    tile: int
+    tiles: int
+    version: str
+    file_bytes: int
+    bpp: float
+    icc: int
+    exif: int
+    xmp: int
+
+
+@dataclass(frozen=True)
+class Still:
+    """A parsed file: tiles are views of the payloads in raster order, None where one is missing or damaged."""
+
+    header: Header
+    version: tuple[int, int]
+    tiles: Sequence[memoryview | None]
+    boxes: Mapping[str, bytes]
+    alpha: bytes | None
+    damage: Sequence[FormatError]
+    """What was wrong with the parts that are None or absent; empty for an intact file."""
+
+
+def _chunk(name: bytes, payload: bytes) -> bytes:
+    return b"".join((_CHUNK.pack(len(payload), name), payload, _CRC.pack(zlib.crc32(payload, zlib.crc32(name)))))
+
+
+def write_still(
+    header: Header, tiles: Sequence[bytes], *, boxes: Mapping[str, bytes] | None = None, alpha: bytes | None = None
+) -> bytes:
+    """The whole file. `boxes` maps "icc", "exif", "xmp" to raw contents; `alpha` is a lossless PNG."""
+    parts = [MAGIC, _chunk(HEADER, header.pack())]
+    for key, content in (boxes or {}).items():
+        if len(content) > MAX_METADATA:
+            raise LimitError(f"{len(content)} bytes of {key} are over the limit of {MAX_METADATA}: drop it")
+        parts.append(_chunk(BOXES[key], zlib.compress(content, 9)))
+    if alpha is not None:
+        parts.append(_chunk(ALPHA, alpha))
+    if len(tiles) > 1:
+        parts.append(_chunk(TABLE, struct.pack(f"<{len(tiles)}I", *map(len, tiles))))
+    parts.extend(_chunk(TILE, tile) for tile in tiles)
+    return b"".join(parts)
+
+
+def read_header(data: bytes | memoryview) -> Header:
+    """Check magic and header chunk. Raises FormatError, TruncatedError, ChecksumError."""
+    view = memoryview(data)
+    if bytes(view[: len(MAGIC)]) != MAGIC[: len(view)] or not len(view):
+        raise FormatError("this is not a Calotype file (wrong magic bytes)")
+    if len(view) < _FIXED:
+        raise TruncatedError("the file ends inside its header")
+    first = _read_chunk(view, len(MAGIC))
+    if first.name != HEADER:
+        raise FormatError("the header chunk is missing: the file is damaged")
+    if not first.crc_ok:
+        raise ChecksumError("the header's checksum is wrong: the file is damaged")
+    return Header.unpack(bytes(first.payload))
+
+
+def _read_chunk(view: memoryview, offset: int) -> Chunk:
+    """The chunk at `offset`. Raises TruncatedError if it does not fit."""
+    if offset + _CHUNK.size + _CRC.size > len(view):
+        raise TruncatedError(f"the file ends inside the chunk at byte {offset}")
+    length, name = _CHUNK.unpack_from(view, offset)
+    start = offset + _CHUNK.size
+    if start + length + _CRC.size > len(view):
+        raise TruncatedError(f"the file ends inside the chunk at byte {offset}, or the chunk's length is damaged")
+    payload = view[start : start + length]
+    (crc,) = _CRC.unpack_from(view, start + length)
+    return Chunk(bytes(name), offset, payload, crc == zlib.crc32(payload, zlib.crc32(name)))
+
+
+def iterate_chunks(data: bytes | memoryview) -> Iterator[Chunk]:
+    """All chunks in order. Raises TruncatedError where the chain breaks."""
+    view, offset = memoryview(data), len(MAGIC)
+    while offset < len(view):
+        chunk = _read_chunk(view, offset)
+        yield chunk
+        offset += chunk.length
+
+
+def chunks(data: bytes) -> list[ChunkInfo]:
+    """Name, place and state of every chunk that can be reached."""
+    read_header(data)
+    found = []
+    try:
+        for c in iterate_chunks(data):
+            found.append(ChunkInfo(name=c.name.decode("latin-1"), offset=c.offset, length=c.length, crc_ok=c.crc_ok))
+    except TruncatedError:
+        pass
+    return found
+
+
+def read_still(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS, partial: bool = False) -> Still:
+    """Parse a file and check every CRC.
+
+    With `partial`, damage outside the header is collected in `Still.damage` instead of raised.
+    Raises FormatError and its kinds, LimitError.
+    """
+    header = read_header(data)
+    if header.width * header.height > max_pixels:
+        raise LimitError(
+            f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: raise max_pixels to decode it"
+        )
+    view = memoryview(data)
+    tiles: list[memoryview | None] = []
+    boxes: dict[str, bytes] = {}
+    alpha: bytes | None = None
+    damage: list[FormatError] = []
+    names = {code: key for key, code in BOXES.items()}
+
+    def report(error: FormatError) -> None:
+        if not partial:
+            raise error
+        damage.append(error)
+
+    offset = len(MAGIC) + _CHUNK.size + _CHUNK.unpack_from(view, len(MAGIC))[0] + _CRC.size
+    while offset < len(view) and len(tiles) < header.tiles:
+        try:
+            chunk = _read_chunk(view, offset)
+        except TruncatedError as error:
+            report(error)
+            break
+        offset += chunk.length
+        if chunk.name == TILE:
+            if not chunk.crc_ok:
+                report(ChecksumError(f"tile {len(tiles)} is damaged (checksum)"))
+            tiles.append(chunk.payload if chunk.crc_ok else None)
+        elif not chunk.crc_ok:
+            report(ChecksumError(f"the chunk at byte {chunk.offset} is damaged (checksum)"))
+        elif chunk.name == TABLE:
+            tiles = _tiles_by_table(view, offset, chunk.payload, header, report)
+            break
+        elif chunk.name == ALPHA:
+            alpha = bytes(chunk.payload)
+        elif chunk.name in names:
+            boxes[names[chunk.name]] = _inflate(bytes(chunk.payload))
+        elif chunk.name[:1].isupper():
+            report(FormatError(f"unknown critical chunk {chunk.name.decode('latin-1')!r}: use a newer Calotype"))
+    if len(tiles) < header.tiles:
+        report(TruncatedError(f"{header.tiles - len(tiles)} of {header.tiles} tiles are missing"))
+        tiles += [None] * (header.tiles - len(tiles))
+    if header.alpha and alpha is None:
+        report(TruncatedError("the alpha plane is missing"))
+    version = (view[len(MAGIC) + _CHUNK.size], view[len(MAGIC) + _CHUNK.size + 1])
+    return Still(header, version, tiles, boxes, alpha if header.alpha else None, damage)
+
+
+def _tiles_by_table(
+    view: memoryview, offset: int, table: memoryview, header: Header, report: _Report
+) -> list[memoryview | None]:
+    """Tiles at the places that the table gives: a damaged chunk header does not lose the tiles behind it."""
+    if len(table) != 4 * header.tiles:
+        raise FormatError("the tile table does not match the header: the file is damaged")
+    tiles: list[memoryview | None] = []
+    for number, length in enumerate(struct.unpack(f"<{header.tiles}I", table)):
+        tile = None
+        try:
+            chunk = _read_chunk(view[: offset + _CHUNK.size + length + _CRC.size], offset)
+            if chunk.name == TILE and chunk.crc_ok and len(chunk.payload) == length:
+                tile = chunk.payload
+            else:
+                report(ChecksumError(f"tile {number} is damaged (checksum)"))
+        except TruncatedError:
+            report(TruncatedError(f"the file ends before the end of tile {number}"))
+        tiles.append(tile)
+        offset += _CHUNK.size + length + _CRC.size
+    return tiles
+
+
+def _inflate(payload: bytes) -> bytes:
+    """Decompress a metadata box within its limit."""
+    inflater = zlib.decompressobj()
+    try:
+        content = inflater.decompress(payload, MAX_METADATA)
+    except zlib.error as error:
+        raise FormatError("a metadata box cannot be decompressed: the file is damaged") from error
+    if inflater.unconsumed_tail or not inflater.eof:
+        raise FormatError(f"a metadata box is damaged or over the limit of {MAX_METADATA} bytes")
+    return content
+
+
+def probe(data: bytes) -> ImageInfo:
+    """What the file says about itself; reads no weights and decodes no tile. Raises FormatError and its kinds."""
+    from calotype.models.zoo import name_of
+
+    header = read_header(data)
+    sizes = dict.fromkeys(BOXES, 0)
+    names = {code: key for key, code in BOXES.items()}
+    try:
+        for chunk in iterate_chunks(data):
+            if chunk.name in names and chunk.crc_ok:
+                sizes[names[chunk.name]] = len(_inflate(bytes(chunk.payload)))
+    except FormatError:
+        pass  # a damaged tail does not hide what the head says
+    start = len(MAGIC) + _CHUNK.size
+    return ImageInfo(
+        width=header.width,
+        height=header.height,
+        channels=header.channels,
+        alpha=header.alpha,
+        quality=header.quality / 10,
+        model=name_of(header.weights),
+        weights=header.weights.hex(),
+        tile=header.tile,
+        tiles=header.tiles,
+        version=f"{data[start]}.{data[start + 1]}",
+        file_bytes=len(data),
+        bpp=len(data) * 8 / (header.width * header.height),
+        **sizes,
+    )

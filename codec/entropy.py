@@ -1,0 +1,146 @@
+"""The range coder: symbols and their table indexes to bytes and back.
+
+Built on constriction's range coder (32-bit words, 64-bit state, 24-bit frequencies). The symbols of one request are
+coded grouped by table, tables in ascending order, so that each group is one vectorised call; rare large symbols are
+escaped and follow the groups. The order is part of the format: docs/FORMAT.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import constriction
+import numpy as np
+import numpy.typing as npt
+
+from calotype.errors import FormatError
+
+Symbols = npt.NDArray[np.int32]
+Tables = npt.NDArray[np.uint8]
+
+ESCAPE_LENGTHS = 18
+"""An escaped magnitude has at most this many bits."""
+
+_queue = constriction.stream.queue
+_models = constriction.stream.model
+
+
+def _categorical(frequencies: npt.NDArray[np.int32]) -> constriction.stream.model.Categorical:
+    """A model whose integer frequencies are exactly the given ones.
+
+    constriction turns probabilities p into cumulative frequencies floor(sum p * free / total) + i, where each of n
+    symbols has 1 for sure and `free` is 2^24 - n. With p = frequency - 1, shifted by a quarter so that the floor is
+    never near an integer, all of that is exact.
+    """
+    probabilities = frequencies.astype(np.float64) - 1
+    probabilities[0] += 0.25
+    probabilities[-1] -= 0.25
+    return _models.Categorical(probabilities, perfect=False)
+
+
+class SymbolTables:
+    """The tables of a model, ready for the coder.
+
+    Args:
+        frequencies: of all tables, one after another; each sums to 2^24 and ends with the escape. The table of index
+            i holds the symbols -half_widths[i] .. half_widths[i] before it.
+        half_widths: one per table.
+        skip: symbols of tables below this one are zero and are not coded.
+    """
+
+    def __init__(self, frequencies: npt.NDArray[np.int32], half_widths: Sequence[int], skip: int) -> None:
+        self.half_widths = np.asarray(half_widths, np.int32)
+        self.skip = skip
+        bounds = np.concatenate([[0], np.cumsum(2 * self.half_widths + 2)])
+        if bounds[-1] != len(frequencies):
+            raise ValueError("frequencies and half-widths do not match")
+        self.models = [
+            _categorical(frequencies[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def groups(self, tables: Tables) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+        """(table, positions of its symbols) in coding order."""
+        positions = np.flatnonzero(tables >= self.skip)
+        kept = tables[positions]
+        order = np.argsort(kept, kind="stable")
+        counts = np.bincount(kept, minlength=len(self.models))
+        start = 0
+        for table in np.flatnonzero(counts):
+            stop = start + counts[table]
+            yield int(table), positions[order[start:stop]]
+            start = stop
+
+
+class Encoder:
+    """Appends requests to one range-coded stream."""
+
+    def __init__(self, tables: SymbolTables) -> None:
+        self.tables = tables
+        self._coder = _queue.RangeEncoder()
+
+    def push(self, tables: Tables, symbols: Symbols) -> None:
+        """Code `symbols` [n] under `tables` [n]."""
+        escaped = []
+        for table, positions in self.tables.groups(tables):
+            reach = self.tables.half_widths[table]
+            group = symbols[positions]
+            outside = np.abs(group) > reach
+            if outside.any():
+                over = group[outside]
+                escaped.append(np.sign(over) * (np.abs(over) - reach))
+                group = np.where(outside, reach + 1, group)
+            self._coder.encode(np.ascontiguousarray(group + reach, np.int32), self.tables.models[table])
+        if escaped:
+            self._push_escaped(np.concatenate(escaped))
+
+    def _push_escaped(self, values: Symbols) -> None:
+        """Exponential Golomb of magnitudes ≥ 1: all lengths, then the low bits by ascending length, then all signs."""
+        magnitude = np.abs(values)
+        lengths = np.floor(np.log2(magnitude)).astype(np.int32) + 1
+        self._coder.encode(lengths - 1, _models.Uniform(ESCAPE_LENGTHS))
+        for length in np.unique(lengths[lengths > 1]):
+            low = magnitude[lengths == length] - (1 << (length - 1))
+            self._coder.encode(low.astype(np.int32), _models.Uniform(1 << (int(length) - 1)))
+        self._coder.encode((values < 0).astype(np.int32), _models.Uniform(2))
+
+    def finish(self) -> bytes:
+        """The stream, little-endian words without trailing zero bytes."""
+        return bytes(self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
+
+
+class Decoder:
+    """Reads requests back. Raises FormatError on a stream that no encoder can have written."""
+
+    def __init__(self, tables: SymbolTables, data: bytes | memoryview) -> None:
+        self.tables = tables
+        padded = bytes(data) + b"\0" * (-len(data) % 4)
+        self._coder = _queue.RangeDecoder(np.frombuffer(padded, "<u4").astype(np.uint32))
+
+    def pull(self, tables: Tables) -> Symbols:
+        """The symbols [n] that were coded under `tables` [n]."""
+        symbols = np.zeros(len(tables), np.int32)
+        escaped, reaches = [], []
+        try:
+            for table, positions in self.tables.groups(tables):
+                reach = self.tables.half_widths[table]
+                group = self._coder.decode(self.tables.models[table], len(positions)) - reach
+                symbols[positions] = group
+                outside = positions[group > reach]
+                if len(outside):
+                    escaped.append(outside)
+                    reaches.append(np.full(len(outside), reach))
+            if escaped:
+                values = self._pull_escaped(sum(map(len, escaped)))
+                symbols[np.concatenate(escaped)] = values + np.sign(values) * np.concatenate(reaches)
+        except AssertionError as error:
+            raise FormatError("the entropy-coded data is damaged") from error
+        return symbols
+
+    def _pull_escaped(self, count: int) -> Symbols:
+        lengths = self._coder.decode(_models.Uniform(ESCAPE_LENGTHS), count) + 1
+        magnitude = np.left_shift(1, lengths - 1).astype(np.int32)
+        for length in np.unique(lengths[lengths > 1]):
+            chosen = lengths == length
+            magnitude[chosen] += self._coder.decode(_models.Uniform(1 << (int(length) - 1)), int(chosen.sum()))
+        signs = self._coder.decode(_models.Uniform(2), count)
+        return np.where(signs == 1, -magnitude, magnitude)

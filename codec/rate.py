@@ -1,0 +1,95 @@
+"""Rate control: the quality that ends just below a size or rate, or nearest to a PSNR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from calotype.errors import TargetError
+
+T = TypeVar("T")
+QUALITY_STEPS = 1000
+SIZE_TOLERANCE = 0.03
+"""A size or rate target is met by a file at most this much smaller, never larger."""
+PSNR_TOLERANCE = 0.1
+"""dB"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an encoding should end at: file bytes ("size"), bits per pixel of the file ("bpp"), or dB ("psnr")."""
+
+    kind: Literal["size", "bpp", "psnr"]
+    value: float
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise TargetError(f"a target must be above 0, got {self.value}")
+
+
+def search(target: Target, trial: Callable[[int], tuple[float, T]]) -> tuple[int, T]:
+    """Find the integer quality in [0, 1000] for `target`.
+
+    Args:
+        trial: encodes at a quality; returns the measured value in the target's unit and the result. The value
+            should grow with quality, but need not strictly.
+    Returns:
+        The quality and its result.
+    Raises:
+        TargetError: the target lies outside of what qualities 0 to 1000 reach.
+    """
+    tried: dict[int, tuple[float, T]] = {}
+
+    def measure(quality: int) -> float:
+        if quality not in tried:
+            tried[quality] = trial(quality)
+        return tried[quality][0]
+
+    def good(value: float) -> bool:
+        if target.kind == "psnr":
+            return abs(value - target.value) <= PSNR_TOLERANCE / 2
+        return target.value * (1 - SIZE_TOLERANCE / 2) <= value <= target.value
+
+    low, high = 0, QUALITY_STEPS
+    guess = 500
+    while high - low > 1 and not good(measure(guess)):
+        if measure(guess) <= target.value:
+            low = guess
+        else:
+            high = guess
+        guess = _interpolate(target.value, low, high, {q: v for q, (v, _) in tried.items()})
+    for end in (low, high):
+        measure(end)
+    return _choose(target, tried)
+
+
+def _interpolate(value: float, low: int, high: int, tried: dict[int, float]) -> int:
+    """Next quality to try, strictly between `low` and `high`: by secant where both ends are known, else by halves."""
+    middle = (low + high) // 2
+    if low in tried and high in tried and tried[high] > tried[low]:
+        fraction = (value - tried[low]) / (tried[high] - tried[low])
+        secant = low + round(fraction * (high - low))
+        # Keep clear of the ends, so that a curved function cannot make the search creep.
+        margin = (high - low) // 8
+        middle = min(max(secant, low + margin), high - margin)
+    return min(max(middle, low + 1), high - 1)
+
+
+def _choose(target: Target, tried: dict[int, tuple[float, T]]) -> tuple[int, T]:
+    values = {q: v for q, (v, _) in tried.items()}
+    unit = {"size": "bytes", "bpp": "bpp", "psnr": "dB"}[target.kind]
+    if target.kind == "psnr":
+        best = min(values, key=lambda q: abs(values[q] - target.value))
+        reached = abs(values[best] - target.value) <= PSNR_TOLERANCE
+    else:
+        below = [q for q in values if values[q] <= target.value]
+        best = max(below, key=lambda q: values[q]) if below else min(values, key=lambda q: values[q])
+        reached = bool(below) and values[best] >= target.value * (1 - SIZE_TOLERANCE)
+    if not reached:
+        raise TargetError(
+            f"a target of {target.value:g} {unit} is out of reach for this picture: "
+            f"the nearest is {values[best]:.4g} {unit} at quality {best / 10:g}; "
+            f"qualities 0 to 100 give {min(values.values()):.4g} to {max(values.values()):.4g} {unit}"
+        )
+    return best, tried[best][1]

@@ -1,0 +1,1 @@
+"""Networks: pictures to integer symbols and table indexes, and back. No bytes, no files, no options."""

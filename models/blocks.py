@@ -1,0 +1,49 @@
+"""Float building blocks of the analysis and synthesis transforms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Residual block: depthwise 3x3, 1x1 to twice the width, leaky ReLU, 1x1 back. No norm. [B, C, H, W] both ways.
+
+    The last layer starts near zero, so a deeper network starts as the shallower one.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.expand = nn.Conv2d(channels, 2 * channels, 1)
+        self.project = nn.Conv2d(2 * channels, channels, 1)
+        nn.init.normal_(self.project.weight, std=0.014)
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(F.leaky_relu(self.expand(self.depthwise(x)), 0.1))
+
+
+def blocks(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels) for _ in range(count)))
+
+
+def dct_basis(side: int, count: int) -> Tensor:
+    """The `count` lowest frequencies of the orthonormal DCT on `side` x `side` pixels in an opponent colour space.
+
+    Returns [count, 3 * side * side], columns in the order of `pixel_unshuffle` (colour, row, column). As a fixed start
+    of the linear shortcut it makes a new model a transform codec, from which training departs.
+    """
+    k = torch.arange(side).float()
+    cosine = torch.cos(math.pi * (k[None] + 0.5) * k[:, None] / side) * math.sqrt(2 / side)
+    cosine[0] /= math.sqrt(2)
+    colour = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
+    colour = colour / colour.norm(dim=1, keepdim=True)
+    basis = torch.einsum("uy,vx,kc->kuvcyx", cosine, cosine, colour).reshape(3 * side * side, -1)
+    frequency = (k[:, None] ** 2 + k[None] ** 2).sqrt()
+    # Chroma ranks behind luma of the same frequency: it carries less energy.
+    rank = torch.stack([frequency, frequency * 2.2 + 2, frequency * 2.6 + 3]).flatten()
+    return basis[rank.argsort()[:count]]

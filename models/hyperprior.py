@@ -1,0 +1,167 @@
+"""`hyperprior`: the everyday image model. Scalar latents at 1/16, one set of weights for every rate.
+
+    x --unshuffle 8--> 1x1 -> N -> blocks --2x2/2--> K -> blocks -> 1x1 -> M --+--> y --round--> y_hat
+    x --unshuffle 16--> linear shortcut (starts as a DCT) ---------------------+
+    y_hat -> 1x1 -> K -> blocks --shuffle 2--> N -> blocks -> 1x1 --shuffle 8--+--> x_hat
+    y_hat -> linear shortcut -> shuffle 16 ------------------------------------+
+
+All work happens at 1/8 resolution and below, which makes it fast on a CPU. The linear shortcut lets training start as a
+transform codec instead of searching for one. Rates are switched by quantization-scale modulation
+(`calotype.models.quantizers`), entropy coding is exact (`calotype.models.priors`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calotype.models import tables
+from calotype.models.blocks import blocks, dct_basis
+from calotype.models.priors import HYPER_STRIDE, Coding, Prior
+from calotype.models.quantizers import Modulation, base_step, quality_level
+
+STRIDE = 16
+"""Pixels per latent position, each way."""
+
+
+@dataclass(frozen=True)
+class HyperpriorConfig:
+    """Widths and depths; the defaults are those of the shipped weights."""
+
+    fine: int = 128
+    coarse: int = 192
+    latent: int = 320
+    hyper: int = 96
+    analysis_fine: int = 3
+    analysis_coarse: int = 4
+    synthesis_coarse: int = 4
+    synthesis_fine: int = 4
+
+
+class Rates(NamedTuple):
+    """Output of a training step: x_hat [B, 3, H, W], bits of the latent [B], bits of the hyper-latent [B]."""
+
+    x_hat: Tensor
+    latent_bits: Tensor
+    hyper_bits: Tensor
+
+
+class Hyperprior(nn.Module):
+    """See the module's text. Pictures are [B, 3, H, W] in [-0.5, 0.5] with H and W multiples of 16."""
+
+    def __init__(self, config: HyperpriorConfig = HyperpriorConfig()) -> None:
+        super().__init__()
+        c = self.config = config
+        self.enc_in = nn.Conv2d(192, c.fine, 1)
+        self.enc_fine = blocks(c.fine, c.analysis_fine)
+        self.enc_down = nn.Conv2d(c.fine, c.coarse, 2, stride=2)
+        self.enc_coarse = blocks(c.coarse, c.analysis_coarse)
+        self.enc_out = nn.Conv2d(c.coarse, c.latent, 1)
+        self.enc_linear = nn.Conv2d(768, c.latent, 1, bias=False)
+        self.enc_modulation = Modulation(c.fine)
+        self.enc_step = Modulation(c.latent)
+
+        self.dec_in = nn.Conv2d(c.latent, c.coarse, 1)
+        self.dec_coarse = blocks(c.coarse, c.synthesis_coarse)
+        self.dec_up = nn.Conv2d(c.coarse, 4 * c.fine, 1)
+        self.dec_fine = blocks(c.fine, c.synthesis_fine)
+        self.dec_out = nn.Conv2d(c.fine, 192, 1)
+        self.dec_linear = nn.Conv2d(c.latent, 768, 1, bias=False)
+        self.dec_modulation = Modulation(c.fine)
+        self.dec_step = Modulation(c.latent)
+
+        self.hyper_analysis = nn.Sequential(
+            nn.Conv2d(c.latent, 192, 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(192, 128, 2, stride=2),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(128, 128, 3, padding=1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(128, c.hyper, 2, stride=2),
+        )
+        self.prior = Prior(c.latent, c.hyper)
+
+        basis = dct_basis(STRIDE, c.latent)
+        with torch.no_grad():
+            self.enc_linear.weight.copy_(basis[:, :, None, None])
+            self.dec_linear.weight.copy_(basis.t()[:, :, None, None])
+        for layer in (self.enc_out, self.dec_out):
+            nn.init.normal_(layer.weight, std=0.002)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def halo(self) -> int:
+        """Latent positions around a tile that its synthesis (and, in pixels / 16, its analysis) depends on."""
+        fine = max(self.config.analysis_fine, self.config.synthesis_fine)
+        return max(self.config.analysis_coarse, self.config.synthesis_coarse) + -(-fine // 2)
+
+    # Transforms: float, never on the entropy path ---------------------------------------------------------------------
+
+    def analyse(self, x: Tensor, t: Tensor) -> Tensor:
+        """Latent y [B, M, H/16, W/16] in quantisation steps, at quality `t` [B] in [0, 1]."""
+        f = self.enc_in(F.pixel_unshuffle(x, 8))
+        f = f * self.enc_modulation(t).to(f.dtype)
+        f = self.enc_coarse(self.enc_down(self.enc_fine(f)))
+        y = self.enc_out(f) + self.enc_linear(F.pixel_unshuffle(x, STRIDE))
+        return y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None])
+
+    def analyse_hyper(self, y: Tensor) -> Tensor:
+        """Hyper-latent z [B, Z, ceil(H/64), ceil(W/64)] of a latent."""
+        bottom, right = -y.shape[2] % HYPER_STRIDE, -y.shape[3] % HYPER_STRIDE
+        if bottom or right:
+            y = F.pad(y, (0, right, 0, bottom), mode="replicate")
+        return self.hyper_analysis(y).float()
+
+    def synthesise(self, y_hat: Tensor, t: Tensor, scale: int = 1) -> Tensor:
+        """Picture [B, 3, 16 H / scale, 16 W / scale], around [-0.5, 0.5], from a latent in quantisation steps.
+
+        With `scale` 2, 4 or 8 each pixel is the mean of scale x scale pixels: the last linear layers give the means
+        directly, so the large picture is never made.
+        """
+        y = y_hat * (self.dec_step(t) * base_step(t)[:, None, None, None])
+        f = self.dec_up(self.dec_coarse(self.dec_in(y)))
+        f = F.pixel_shuffle(f, 2)
+        f = self.dec_fine(f * self.dec_modulation(t).to(f.dtype))
+        fine, linear = _shuffled(f, self.dec_out, 8, scale), _shuffled(y, self.dec_linear, STRIDE, scale)
+        return (fine + linear).float()
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, t: Tensor) -> Rates:
+        """Rates and reconstruction, differentiable; `t` [B] is quality in [0, 1]."""
+        y = self.analyse(x, t)
+        z = self.analyse_hyper(y)
+        y_hat, y_bits, z_bits = self.prior(z, y, t)
+        return Rates(self.synthesise(y_hat, t), y_bits, z_bits)
+
+    # Coding -----------------------------------------------------------------------------------------------------------
+
+    def code(self, shape: tuple[int, int, int], quality: Tensor, y: Tensor | None = None) -> Coding:
+        """Encode the latent `y`, or decode one of `shape` (B, H, W) if it is None. See `Prior.code`.
+
+        `quality` [B] int64 in steps of 1/`QUALITY_STEPS`: an integer, because it chooses among integer tables.
+        """
+        z = None if y is None else self.analyse_hyper(y)
+        return self.prior.code(shape, quality_level(quality), z, y)
+
+    def dequantise(self, latent: Tensor) -> Tensor:
+        """From the integers of `code` to quantisation steps, the input of `synthesise`."""
+        return latent / tables.MEAN_UNIT
+
+
+def _shuffled(x: Tensor, layer: nn.Conv2d, factor: int, scale: int) -> Tensor:
+    """`layer` followed by pixel shuffle by `factor` and the mean over scale x scale pixels, in one convolution."""
+    if scale == 1:
+        return F.pixel_shuffle(layer(x), factor)
+    side = factor // scale
+
+    def mean(parameter: Tensor) -> Tensor:
+        return parameter.unflatten(0, (3, side, scale, side, scale)).mean((2, 4)).flatten(0, 2)
+
+    bias = None if layer.bias is None else mean(layer.bias)
+    return F.pixel_shuffle(F.conv2d(x, mean(layer.weight), bias), side)

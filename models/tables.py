@@ -1,0 +1,77 @@
+"""Integer probability tables: what the range coder is told about a symbol.
+
+A symbol (a rounded difference from a predicted mean) follows a zero-mean Gaussian of one of `SCALES` standard
+deviations. The tables are computed once, when weights are exported, and are shipped with them: no decoder ever
+evaluates a Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SCALES = 64
+SCALE_MIN = 0.08
+SCALE_MAX = 64.0
+LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (SCALES - 1)
+SKIP = 5
+"""Symbols of a table below this one (σ < 0.13) are zero and are not coded: P(≠ 0) is below 5e-5."""
+
+PRECISION = 24
+"""Frequencies of a table sum to 2 ** PRECISION."""
+TAIL = 6.5
+"""Half-width of a table in standard deviations; what lies outside is coded as an escape."""
+ESCAPE = 2**7
+FLOOR = 2**4
+
+MEAN_UNIT = 64
+"""Means and latents are integers in units of 1/64 of the quantisation step."""
+MEAN_LIMIT = 2**15 - 1
+"""Means stay within ± this many units."""
+
+COMPAND_LIMIT = 2**15
+"""Latents beyond ± this many units are seen by the context networks as if they were at the limit."""
+COMPAND_GAIN = 127 / math.log2(1 + 4 * COMPAND_LIMIT / MEAN_UNIT)
+
+
+def scale_of(index: Tensor) -> Tensor:
+    """Standard deviation of table `index` (float, so that gradients pass)."""
+    return torch.exp(math.log(SCALE_MIN) + index * LOG_SCALE_STEP)
+
+
+def half_width(index: int) -> int:
+    """Table `index` holds the symbols -half_width .. half_width, then the escape."""
+    sigma = SCALE_MIN * math.exp(index * LOG_SCALE_STEP)
+    return max(1, math.ceil(TAIL * sigma))
+
+
+def gaussian_frequencies() -> Tensor:
+    """Frequencies of all tables, one after another, as int32; each sums to 2 ** PRECISION, each entry is ≥ 1."""
+    rows = []
+    total = 2**PRECISION
+    for index in range(SCALES):
+        sigma = SCALE_MIN * math.exp(index * LOG_SCALE_STEP)
+        reach = half_width(index)
+        edges = (torch.arange(-reach, reach + 2, dtype=torch.float64) - 0.5) / sigma
+        cumulative = torch.special.ndtr(edges)
+        mass = cumulative[1:] - cumulative[:-1]
+        room = total - ESCAPE - FLOOR * mass.numel()
+        frequencies = torch.floor(mass / mass.sum() * room).long() + FLOOR
+        frequencies[reach] += total - ESCAPE - frequencies.sum()
+        rows.append(torch.cat([frequencies, torch.tensor([ESCAPE])]))
+    return torch.cat(rows).to(torch.int32)
+
+
+def companding() -> Tensor:
+    """Table [COMPAND_LIMIT + 1] from a latent's magnitude in 1/64 to its logarithmic integer in [0, 127]."""
+    magnitude = torch.arange(COMPAND_LIMIT + 1, dtype=torch.float64) / MEAN_UNIT
+    return torch.round(torch.log2(1 + 4 * magnitude) * COMPAND_GAIN).to(torch.uint8)
+
+
+def compand_ste(latent: Tensor) -> Tensor:
+    """Differentiable companding of a latent in quantisation steps, rounded straight-through."""
+    smooth = torch.sign(latent) * torch.log2(1 + 4 * latent.abs()) * COMPAND_GAIN
+    smooth = smooth.clamp(-127, 127)
+    return smooth + (torch.round(smooth) - smooth).detach()

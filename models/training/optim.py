@@ -1,0 +1,57 @@
+"""Muon for the matrices of convolutions, AdamW for everything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is replaced by its nearest orthogonal matrix (Jordan et al., 2024).
+
+    Five Newton-Schulz steps in bfloat16 orthogonalise the Nesterov momentum of every weight, seen as a matrix
+    [out, rest]; the update is scaled by 0.2 sqrt(max(rows, columns)) so that its entries are about as large as Adam's.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state: dict[str, Any] = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p.grad)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]).reshape(p.shape[0], -1)
+                scale = 0.2 * math.sqrt(max(update.shape))
+                p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Approximately the nearest (semi-)orthogonal matrix [rows, columns], by a quintic Newton-Schulz iteration."""
+    x = matrix.bfloat16()
+    x = x / (x.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.t()
+    for _ in range(5):
+        gram = x @ x.t()
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.t() if tall else x).float()
+
+
+def build_optimizers(model: nn.Module, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon takes every weight that is a matrix of at least 32 x 32, AdamW the rest."""
+    matrices, others = [], []
+    for p in model.parameters():
+        is_matrix = p.ndim == 4 and p.shape[0] >= 32 and p[0].numel() >= 32
+        (matrices if is_matrix else others).append(p)
+    return [Muon(matrices, muon_lr), torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0, betas=(0.9, 0.98))]

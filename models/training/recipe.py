@@ -1,0 +1,58 @@
+"""A training recipe: everything that a run depends on, read from YAML and overridable by `key=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Recipe(BaseModel):
+    """Settings of a training run; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    """Architecture, as registered in the zoo."""
+    train: Path
+    """Folder of photographs to train on."""
+    validation: Path
+    """Folder of other photographs, which steer decisions."""
+    output: Path
+    """Folder for the checkpoint and the log."""
+    start_from: Path | None = None
+    """A checkpoint or shipped weights whose parameters are taken over where names and shapes match."""
+    steps: int = Field(gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    decay_steps: int = Field(ge=0)
+    """Length of the final linear decay of the learning rate to zero; before it the rate is constant."""
+    batch: int = Field(8, gt=0)
+    crop: int = Field(256, gt=0, multiple_of=64)
+    muon_lr: float = 2e-3
+    adam_lr: float = 2e-3
+    ema_decay: float = Field(0.998, ge=0, lt=1)
+    clip_norm: float = 1.0
+    rate_weighting: float = 0.33
+    """The loss of a sample is divided by λ to this power, so that all rates count about alike."""
+    seed: int = 0
+    bf16: bool = True
+    compile: bool = False
+    log_every: int = Field(100, gt=0)
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    validate_every: int = Field(1000, gt=0)
+    validation_photos: int = Field(8, gt=0)
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe; `overrides` are `key=value` with YAML values. Raises pydantic.ValidationError or ValueError."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a recipe: expected keys and values")
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"expected key=value, got {item!r}")
+        values[key.strip()] = yaml.safe_load(value)
+    return Recipe.model_validate(values)

@@ -1,0 +1,200 @@
+"""The training loop: rate-distortion loss over all qualities at once, EMA, checkpoints, resume, one or several devices.
+
+Several GPUs: `torchrun --nproc-per-node N -m calotype.cli train RECIPE`; gradients are averaged over the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from calotype.models.quantizers import lagrangian
+from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
+from calotype.models.training.optim import build_optimizers
+from calotype.models.training.recipe import Recipe
+from calotype.models.zoo import architecture, load_parameters
+
+CHECKPOINT = "checkpoint.pt"
+VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+
+
+def loss_per_sample(bpp: Tensor, mse: Tensor, t: Tensor, weighting: float) -> Tensor:
+    """bpp + λ 255² MSE, divided by 4 λ^weighting; all [B]."""
+    lam = lagrangian(t)
+    return (bpp + lam * 255**2 * mse) / (4 * lam**weighting)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over the validation photographs: per quality (bpp estimated, PSNR in dB of 8-bit pictures), and the loss."""
+
+    points: tuple[tuple[float, float], ...]
+    loss: float
+
+
+@torch.no_grad()
+def validate(model: nn.Module, photos: list[Tensor], weighting: float, device: torch.device) -> Validation:
+    """Estimated rate and 8-bit PSNR of `photos` [1, 3, H, W]; their sides are cut to multiples of 64."""
+    model.eval()
+    points, losses = [], []
+    for quality in VALIDATION_QUALITIES:
+        t = torch.tensor([quality], device=device)
+        rates, psnrs = [], []
+        for photo in photos:
+            x = photo[:, :, : photo.shape[2] // 64 * 64, : photo.shape[3] // 64 * 64].to(device)
+            out = model(x, t)
+            decoded = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
+            mse = (decoded - x).square().mean()
+            bpp = (out.latent_bits + out.hyper_bits) / (x.shape[2] * x.shape[3])
+            rates.append(bpp.item())
+            psnrs.append(-10 * math.log10(max(mse.item(), 1e-10)))
+            losses.append(loss_per_sample(bpp, mse[None], t, weighting).item())
+        points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
+    model.train()
+    return Validation(tuple(points), sum(losses) / len(losses))
+
+
+class Trainer:
+    """One run of a recipe. `run` returns when all steps are done; a killed run goes on from its last checkpoint."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, *, resume: bool) -> None:
+        self.recipe, self.device = recipe, device
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.manual_seed(recipe.seed + self.rank)
+        torch.set_flush_denormal(True)
+        self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if recipe.start_from is not None:
+            load_parameters(self.model, recipe.start_from)
+        self.optimizers = build_optimizers(self.model, muon_lr=recipe.muon_lr, adam_lr=recipe.adam_lr)
+        self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        self.step, self.seconds = 0, 0.0
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        if resume and (recipe.output / CHECKPOINT).exists():
+            self._restore()
+        self.crops = RandomCrops(
+            recipe.train,
+            batch=recipe.batch,
+            crop=recipe.crop,
+            seed=recipe.seed + 1000003 * self.rank + 7919 * self.step,
+        )
+        photos = find_photos(recipe.validation)
+        stride = max(1, len(photos) // recipe.validation_photos)
+        self.photos = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_photos]]
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        state = torch.load(self.recipe.output / CHECKPOINT, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema = state["ema"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["rng"].cpu())
+
+    def save(self) -> None:
+        """Write the checkpoint; an interrupted write leaves the old one."""
+        if self.rank:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+            "rng": torch.get_rng_state(),
+        }
+        temporary = self.recipe.output / (CHECKPOINT + ".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.recipe.output / CHECKPOINT)
+
+    def _log(self, **record: Any) -> None:
+        if self.rank:
+            return
+        line = json.dumps({"step": self.step, "hours": round(self.seconds / 3600, 4), **record})
+        with (self.recipe.output / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+        print(line, flush=True)
+
+    # Loop -------------------------------------------------------------------------------------------------------------
+
+    def _learning_rate(self) -> float:
+        r = self.recipe
+        warm = min(1.0, (self.step + 1) / max(1, r.warmup_steps))
+        left = (r.steps - self.step) / max(1, r.decay_steps)
+        return warm * min(1.0, left)
+
+    def run(self) -> Validation:
+        """Train to the last step; returns the validation of the averaged weights."""
+        r = self.recipe
+        forward = torch.compile(self.model) if r.compile else self.model
+        if self.world > 1:
+            forward = nn.parallel.DistributedDataParallel(self.model)
+        bases = [[g["lr"] for g in o.param_groups] for o in build_optimizers(self.model, muon_lr=r.muon_lr, adam_lr=r.adam_lr)]
+        started, base_seconds = time.monotonic(), self.seconds
+        saved = started
+        sums = torch.zeros(3)
+        while self.step < r.steps:
+            factor = self._learning_rate()
+            for optimizer, base in zip(self.optimizers, bases, strict=True):
+                for group, lr in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = lr * factor
+            loss, bpp, mse = self._train_step(forward)
+            sums += torch.tensor([loss, bpp, mse])
+            self.step += 1
+            self.seconds = base_seconds + time.monotonic() - started
+            if self.step % r.log_every == 0:
+                loss, bpp, mse = (sums / r.log_every).tolist()
+                self._log(loss=round(loss, 5), bpp=round(bpp, 4), psnr=round(-10 * math.log10(mse), 3), lr=round(factor, 4))
+                sums.zero_()
+            if time.monotonic() - saved > 60 * r.checkpoint_minutes:
+                self.save()
+                saved = time.monotonic()
+            if self.step % r.validate_every == 0 and self.step < r.steps:
+                self._validate_ema()
+        self.save()
+        return self._validate_ema()
+
+    def _train_step(self, forward: nn.Module) -> tuple[float, float, float]:
+        r = self.recipe
+        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
+        t = torch.rand(r.batch, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
+            out = forward(x, t)
+        bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
+        mse = (out.x_hat - x).square().mean((1, 2, 3))
+        loss = loss_per_sample(bpp, mse, t, r.rate_weighting).mean()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), r.clip_norm)
+        if torch.isfinite(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        decay = min(r.ema_decay, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                self.ema[name].lerp_(p, 1 - decay)
+        return loss.item(), bpp.mean().item(), mse.mean().item()
+
+    def _validate_ema(self) -> Validation:
+        current = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        self.model.load_state_dict(self.ema, strict=False)
+        result = validate(self.model, self.photos, self.recipe.rate_weighting, self.device)
+        self.model.load_state_dict(current, strict=False)
+        self._log(
+            validation=round(result.loss, 5), points=[[round(b, 4), round(p, 3)] for b, p in result.points]
+        )
+        return result

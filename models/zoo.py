@@ -1,0 +1,172 @@
+"""Registry of models: name -> architecture, shipped weights, their SHA-256, and a model card.
+
+`weights/index.json` lists what is shipped; a stream names its weights by the first 8 bytes of their SHA-256. This module
+imports torch only where a network is built.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from calotype.models.hyperprior import Hyperprior
+
+WEIGHTS = Path(__file__).parent / "weights"
+CARDS = Path(__file__).parent / "cards"
+INDEX = "index.json"
+
+
+class WeightsError(LookupError):
+    """A model is unknown, or its weights are missing or not the registered ones."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A shipped model; `id` is its number in file headers, `architecture` the network that the weights fill."""
+
+    name: str
+    id: int
+    architecture: str
+    summary: str
+    weights: Path
+    sha256: str
+    card: Path
+
+
+def _hyperprior(config: Mapping[str, Any]) -> Hyperprior:
+    from calotype.models.hyperprior import Hyperprior, HyperpriorConfig
+
+    return Hyperprior(HyperpriorConfig(**config))
+
+
+ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {"hyperprior": _hyperprior}
+
+
+def architecture(name: str, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """A new network of a registered architecture, with fresh weights. Raises WeightsError for an unknown name."""
+    if name not in ARCHITECTURES:
+        raise WeightsError(f"unknown architecture {name!r}: use one of {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[name](config or {})
+
+
+def names() -> list[str]:
+    """Names of the shipped models."""
+    return sorted(_index())
+
+
+def describe(name: str) -> ModelSpec:
+    """The registry's entry. Raises WeightsError for an unknown name."""
+    if name not in _index():
+        raise WeightsError(f"unknown model {name!r}: use one of {', '.join(names())}")
+    return _index()[name]
+
+
+def name_of(weights: bytes) -> str | None:
+    """The model whose weights' SHA-256 begins with these 8 bytes, or None if it is not shipped here."""
+    for spec in _index().values():
+        if bytes.fromhex(spec.sha256[:16]) == weights:
+            return spec.name
+    return None
+
+
+@functools.cache
+def _index() -> dict[str, ModelSpec]:
+    entries = json.loads((WEIGHTS / INDEX).read_text(encoding="utf-8"))
+    return {
+        name: ModelSpec(
+            name, e["id"], e["architecture"], e["summary"], WEIGHTS / e["file"], e["sha256"], CARDS / f"{name}.md"
+        )
+        for name, e in entries.items()
+    }
+
+
+def _read_verified(spec: ModelSpec) -> bytes:
+    try:
+        data = spec.weights.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"the weights of {spec.name} cannot be read: {error}; reinstall calotype") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != spec.sha256:
+        raise WeightsError(
+            f"the weights of {spec.name} have SHA-256 {found[:16]}…, expected {spec.sha256[:16]}…: reinstall calotype"
+        )
+    return data
+
+
+def verify_weights(name: str) -> None:
+    """Check the SHA-256 of a model's weights. Raises WeightsError if they are missing or differ."""
+    _read_verified(describe(name))
+
+
+@functools.cache
+def load(name: str, device: str = "cpu") -> Hyperprior:
+    """The network of a shipped model, ready to code on `device`. Raises WeightsError."""
+    from safetensors.torch import load as load_tensors
+
+    from calotype.models.exact import integerise
+
+    spec = describe(name)
+    data = _read_verified(spec)
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    network = integerise(architecture(spec.architecture, json.loads(metadata["config"])))
+    tensors = load_tensors(data)
+    own = network.state_dict()
+    network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
+    return network.to(device).requires_grad_(False)  # type: ignore[return-value]
+
+
+def save(network: Hyperprior, path: Path) -> str:
+    """Write the shipped form of a trained network: float16 transforms, integer entropy layers. Returns the SHA-256."""
+    import torch
+    from safetensors.torch import save as save_tensors
+
+    from calotype.models.exact import integerise
+
+    tensors = {}
+    for key, value in integerise(network).state_dict().items():
+        if key.startswith("prior."):
+            kind = {"weight": torch.int8, "bias": torch.int32}.get(key.rpartition(".")[2], value.dtype)
+        else:
+            kind = torch.float16
+        tensors[key] = value.to(kind).contiguous()
+    data = save_tensors(tensors, {"config": json.dumps(asdict(network.config), sort_keys=True)})
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_parameters(network: nn.Module, path: Path) -> int:
+    """Take over parameters from a training checkpoint or from shipped weights (`.safetensors`).
+
+    Returns how many of the network's parameters were found; those of another shape are left as they are.
+    """
+    import torch
+
+    found: Mapping[str, torch.Tensor]
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        from calotype.models.exact import integerise, restore
+
+        integers = integerise(network)
+        own = integers.state_dict()
+        integers.load_state_dict({k: v.to(own[k].dtype) for k, v in load_file(path).items()})
+        found = dict(restore(network, integers).named_parameters()) | dict(integers.named_parameters())
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("ema", state)
+    parameters = dict(network.named_parameters())
+    matching = {k: v for k, v in found.items() if k in parameters and parameters[k].shape == v.shape}
+    with torch.no_grad():
+        for key, value in matching.items():
+            parameters[key].copy_(value)
+    return len(matching)
