@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
 from calotype import container, media, rate
 from calotype.container import Header, Still
 from calotype.errors import InputError, LimitError, ModelNotFoundError
@@ -20,8 +19,7 @@ from calotype.rate import QUALITY_STEPS, Target
 
 if TYPE_CHECKING:
     import torch
-
-    from calotype.picture import PictureCoder, Stopwatch
+    from calotype.picture import DecodeJob, PictureCoder, Stopwatch
 
 DEFAULT_MODEL = "hyperprior"
 DEFAULT_QUALITY = 60.0
@@ -83,7 +81,7 @@ def verify_model(name: str) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Raises InputError for an unknown or absent device."""
+    """ "auto" is CUDA where there is one, else the CPU. Raises InputError for an unknown or absent device."""
     import torch
 
     if device == "auto":
@@ -95,7 +93,9 @@ def pick_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"unsupported device {device!r}: use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device} is not here: {torch.cuda.device_count()} CUDA devices found; use --device cpu")
+        raise InputError(
+            f"device {device} is not here: {torch.cuda.device_count()} CUDA devices found; use --device cpu"
+        )
     return chosen
 
 
@@ -165,7 +165,7 @@ class Codec:
             header = Header(
                 picture.width, picture.height, picture.pixels.shape[2], alpha is not None, tile, step, self.spec.id,
                 bytes.fromhex(self.spec.sha256[:16]),
-            )  # type: ignore[arg-type]  # fmt: skip
+            )  # fmt: skip
             return container.write_still(header, tiles, boxes=boxes, alpha=alpha)
 
         area = picture.width * picture.height
@@ -183,7 +183,8 @@ class Codec:
                 if progress:
                     progress(1 - 0.7**trials)  # the number of trials is not known in advance
                 if target.kind == "psnr":
-                    value = psnr(picture.pixels, self._decode_pixels(container.read_still(data, max_pixels=area), watch))
+                    still = container.read_still(data, max_pixels=area)
+                    value = psnr(picture.pixels, self._decode_pixels(still, _job(still, watch)))
                     return value, (data, value)
                 return (len(data) * 8 / area if target.kind == "bpp" else float(len(data))), (data, None)
 
@@ -220,14 +221,14 @@ class Codec:
         with watch("parse"):
             still = container.read_still(data, max_pixels=max_pixels, partial=allow_partial)
         codec = self._for(still.header)
-        damaged: list[int] = []
-        pixels = codec._decode_pixels(still, watch, region, scale, damaged, allow_partial, progress)
+        job = _job(still, watch, allow_partial=allow_partial)
+        pixels = codec._decode_pixels(still, job, region, scale, progress)
         alpha = None
         if still.alpha is not None:
             with watch("alpha"):
                 alpha = _crop_alpha(still, region, scale)
         picture = Picture(pixels, alpha, still.boxes.get("icc"), still.boxes.get("exif"), still.boxes.get("xmp"))
-        return Decoded(picture, tuple(sorted(damaged)), watch.seconds)
+        return Decoded(picture, tuple(sorted(job.damaged)), watch.seconds)
 
     def _for(self, header: Header) -> Codec:
         """This codec, or the one whose weights the file names. Raises ModelNotFoundError."""
@@ -244,13 +245,10 @@ class Codec:
     def _decode_pixels(
         self,
         still: Still,
-        watch: Stopwatch,
+        job: DecodeJob,
         region: Region | None = None,
         scale: int = 1,
-        damaged: list[int] | None = None,
-        allow_partial: bool = False,
         progress: Progress | None = None,
-        symbols_seen: Callable[[int, bytes], None] | None = None,
     ) -> npt.NDArray[np.uint8]:
         from calotype.picture import Box
 
@@ -260,19 +258,7 @@ class Codec:
             raise InputError(
                 f"region {x},{y},{width},{height} is not inside the picture of {header.width}x{header.height}"
             )
-        pixels = self.coder.decode(
-            still.tiles.__getitem__,
-            (header.height, header.width),
-            header.quality,
-            header.tile,
-            area=Box(y, x, y + height, x + width),
-            scale=scale,
-            watch=watch,
-            damaged=damaged if damaged is not None else [],
-            allow_partial=allow_partial,
-            progress=progress,
-            symbols_seen=symbols_seen,
-        )
+        pixels = self.coder.decode(job, Box(y, x, y + height, x + width), scale, progress)
         if header.channels == 1:
             return np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8)
         return pixels
@@ -283,12 +269,9 @@ class Codec:
 
         still = container.read_still(data)
         parts: dict[int, list[bytes]] = {}
-        self._for(still.header)._decode_pixels(
-            still,
-            Stopwatch(self.coder.device),
-            scale=8,
-            symbols_seen=lambda number, symbols: parts.setdefault(number, []).append(symbols),
-        )
+        job = _job(still, Stopwatch(self.coder.device))
+        job.symbols_seen = lambda number, symbols: parts.setdefault(number, []).append(symbols)
+        self._for(still.header)._decode_pixels(still, job, scale=8)
         return symbol_digest(parts)
 
     def verify(self, data: bytes, *, deep: bool = False) -> None:
@@ -296,6 +279,14 @@ class Codec:
         container.read_still(data)
         if deep:
             self.symbol_hash(data)
+
+
+def _job(still: Still, watch: Stopwatch, *, allow_partial: bool = False) -> DecodeJob:
+    from calotype.picture import DecodeJob
+
+    header = still.header
+    size = (header.height, header.width)
+    return DecodeJob(still.tiles.__getitem__, size, header.quality, header.tile, watch, allow_partial)
 
 
 def _crop_alpha(still: Still, region: Region | None, scale: int) -> npt.NDArray[np.uint8]:

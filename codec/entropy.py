@@ -7,12 +7,12 @@ escaped and follow the groups. The order is part of the format: docs/FORMAT.md.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import constriction
 import numpy as np
 import numpy.typing as npt
-
 from calotype.errors import FormatError
 
 Symbols = npt.NDArray[np.int32]
@@ -54,9 +54,7 @@ class SymbolTables:
         bounds = np.concatenate([[0], np.cumsum(2 * self.half_widths + 2)])
         if bounds[-1] != len(frequencies):
             raise ValueError("frequencies and half-widths do not match")
-        self.models = [
-            _categorical(frequencies[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        self.models = [_categorical(frequencies[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def groups(self, tables: Tables) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
         """(table, positions of its symbols) in coding order."""

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from calotype.errors import InputError, LimitError, OutputExistsError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -159,20 +159,23 @@ def write_picture(picture: Picture, format: str) -> bytes:
         np.save(out, array)
         return out.getvalue()
     if format not in set(OUTPUT_SUFFIXES.values()):
-        raise InputError(f"unknown output format {format!r}: use one of {', '.join(sorted(set(OUTPUT_SUFFIXES.values())))}")
+        raise InputError(
+            f"unknown output format {format!r}: use one of {', '.join(sorted(set(OUTPUT_SUFFIXES.values())))}"
+        )
     image = to_pillow(picture)
-    if format in ("jpeg", "ppm", "bmp") and picture.alpha is not None and format != "bmp":
+    if format in ("jpeg", "ppm") and picture.alpha is not None:
         image = image.convert("RGB" if image.mode == "RGBA" else "L")
     if format == "bmp" and image.mode == "LA":
         image = image.convert("RGBA")
-    options: dict[str, object] = {
+    defaults: dict[str, dict[str, Any]] = {
         # Level 1 costs a few per cent of size and saves most of the time of a large picture.
         "png": {"compress_level": 1},
         "jpeg": {"quality": 95, "subsampling": 0},
         "webp": {"lossless": True, "quality": 20, "method": 1},
         "tiff": {"compression": "tiff_adobe_deflate"},
         "avif": {"quality": 95, "subsampling": "4:4:4"},
-    }.get(format, {})
+    }
+    options = defaults.get(format, {})
     if format in ("png", "jpeg", "webp", "tiff", "avif"):
         options |= {k: v for k, v in (("icc_profile", picture.icc), ("exif", picture.exif)) if v}
         if picture.xmp and format in ("jpeg", "webp"):
@@ -184,7 +187,7 @@ def write_picture(picture: Picture, format: str) -> bytes:
             text.add_itxt("XML:com.adobe.xmp", picture.xmp.decode("utf-8", "replace"))
             options["pnginfo"] = text
     try:
-        image.save(out, format.upper(), **options)  # type: ignore[arg-type]
+        image.save(out, format.upper(), **options)
     except (OSError, ValueError) as error:
         raise InputError(f"the picture cannot be written as {format}: {error}") from error
     return out.getvalue()

@@ -13,20 +13,20 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from calotype.entropy import Decoder, Encoder, SymbolTables
 from calotype.errors import DriftError, FormatError
 from calotype.models import tables
 from calotype.models.hyperprior import STRIDE, Hyperprior
 from calotype.models.priors import Coding, Request
 from calotype.models.quantizers import QUALITY_STEPS
+from torch import Tensor
 
 WINDOW = 2048 // STRIDE
 """Side of a window in latent positions."""
@@ -48,6 +48,17 @@ class Box(NamedTuple):
             max(self.top - margin, 0), max(self.left - margin, 0),
             min(self.bottom + margin, height), min(self.right + margin, width),
         )  # fmt: skip
+
+    def within(self, other: Box) -> Box:
+        """The common part."""
+        return Box(
+            max(self.top, other.top), max(self.left, other.left),
+            min(self.bottom, other.bottom), min(self.right, other.right),
+        )  # fmt: skip
+
+    def relative_to(self, other: Box) -> Box:
+        """The same box in the coordinates of `other`'s top left corner."""
+        return Box(self.top - other.top, self.left - other.left, self.bottom - other.top, self.right - other.left)
 
     def scaled(self, factor: int) -> Box:
         return Box(*(factor * v for v in self))
@@ -84,6 +95,44 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class DecodeJob:
+    """What one decoding is about: where payloads come from, and what is to be noted on the way.
+
+    Attributes:
+        payload: from a tile's number to its bytes, or None for a tile that is lost.
+        size: (height, width) of the full picture in pixels.
+        quality, tile: as in the header.
+        watch: seconds per stage are added here.
+        allow_partial: a tile that cannot be decoded is filled in and its number appended to `damaged`.
+        symbols_seen: called with a tile's number and each run of its symbols, as little-endian int32.
+    """
+
+    payload: Callable[[int], bytes | memoryview | None]
+    size: tuple[int, int]
+    quality: int
+    tile: int
+    watch: Stopwatch
+    allow_partial: bool = False
+    symbols_seen: Callable[[int, bytes], None] | None = None
+    damaged: list[int] = field(default_factory=list)
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        return -(-self.size[0] // STRIDE), -(-self.size[1] // STRIDE)
+
+    def tiles_touching(self, area: Box) -> list[tuple[int, Box]]:
+        """(number, box in latent positions) of every tile that has a part in `area`."""
+        side = self.tile // STRIDE
+        rows, columns = self.latent_shape
+        across = -(-columns // side)
+        return [
+            (y * across + x, Box(y * side, x * side, min(y * side + side, rows), min(x * side + side, columns)))
+            for y in range(area.top // side, -(-area.bottom // side))
+            for x in range(area.left // side, -(-area.right // side))
+        ]
 
 
 class PictureCoder:
@@ -146,8 +195,7 @@ class PictureCoder:
                 x = self._to_network(pixels, outer.scaled(STRIDE))
             with watch("transform"):
                 y = self.network.analyse(x, t)
-                inner = y[:, :, window.top - outer.top :, window.left - outer.left :]
-                inner = inner[:, :, : window.shape[0], : window.shape[1]]
+                inner = y[(..., *window.relative_to(outer).slices)]
                 if len(windows) == 1:
                     return inner
                 if latent is None:
@@ -187,178 +235,118 @@ class PictureCoder:
     # Decoding ---------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def decode(
-        self,
-        payload: Callable[[int], bytes | memoryview | None],
-        size: tuple[int, int],
-        quality: int,
-        tile: int,
-        *,
-        area: Box,
-        scale: int,
-        watch: Stopwatch,
-        damaged: list[int],
-        symbols_seen: Callable[[int, bytes], None] | None = None,
-        allow_partial: bool = False,
-        progress: Progress | None = None,
-    ) -> npt.NDArray[np.uint8]:
+    def decode(self, job: DecodeJob, area: Box, scale: int, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """Pixels [h, w, 3] uint8 of `area` (pixels of the full picture), made smaller by `scale`.
 
-        Only tiles that the area and its halo touch are asked of `payload`; one that is None or damaged is appended to
-        `damaged` and filled from its neighbours' mean colour.
+        Only tiles that the area and its halo touch are asked of `job.payload`.
         """
-        rows, columns = -(-size[0] // STRIDE), -(-size[1] // STRIDE)
-        needed = Box(
-            area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE)
-        )
+        rows, columns = job.latent_shape
+        needed = Box(area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE))
         canvas_box = needed.grown(self.network.halo, rows, columns)
-        side = tile // STRIDE
-        tiles_across = -(-columns // side)
-        boxes = grid(canvas_box, side)
-        whole = [
-            Box(b.top // side * side, b.left // side * side, min(b.top // side * side + side, rows),
-                min(b.left // side * side + side, columns)) for b in boxes
-        ]  # fmt: skip
-        numbers = [w.top // side * tiles_across + w.left // side for w in whole]
+        tiles = job.tiles_touching(canvas_box)
         canvas = torch.zeros(1, self.network.config.latent, *canvas_box.shape)
         lost: list[Box] = []
         done = 0
-        for group in self._batches([w.shape for w in whole]):
-            payloads = [payload(numbers[i]) for i in group]
-            results = self._decode_tiles(payloads, whole[group[0]].shape, quality, watch, numbers, group, symbols_seen, allow_partial)
-            for i, latent in zip(group, results, strict=True):
-                b, w = boxes[i], whole[i]
-                place = (..., slice(b.top - canvas_box.top, b.bottom - canvas_box.top),
-                         slice(b.left - canvas_box.left, b.right - canvas_box.left))  # fmt: skip
+        for group in self._batches([box.shape for _, box in tiles]):
+            chosen = [tiles[i] for i in group]
+            for (number, box), latent in zip(chosen, self._decode_tiles(job, chosen), strict=True):
+                seen = box.within(canvas_box)
                 if latent is None:
-                    damaged.append(numbers[i])
-                    lost.append(b)
-                    continue
-                canvas[place] = latent[:, b.top - w.top : b.bottom - w.top, b.left - w.left : b.right - w.left].cpu()
+                    job.damaged.append(number)
+                    lost.append(seen.relative_to(canvas_box))
+                else:
+                    canvas[(0, slice(None), *seen.relative_to(canvas_box).slices)] = latent[
+                        (slice(None), *seen.relative_to(box).slices)
+                    ].cpu()
             done += len(group)
             if progress:
-                progress(0.5 * done / len(boxes))
-        self._conceal(canvas, canvas_box, lost)
-        return self._synthesise(canvas, canvas_box, needed, area, quality, scale, watch, progress)
+                progress(0.5 * done / len(tiles))
+        _conceal(canvas, lost)
+        return self._synthesise(canvas, canvas_box, needed, job, area, scale, progress)
 
-    def _conceal(self, canvas: Tensor, canvas_box: Box, lost: list[Box]) -> None:
-        """Fill lost tiles with the mean latent of what was decoded: a plain patch of the picture's mean colour."""
-        if not lost:
-            return
-        mask = torch.ones(canvas.shape[2:], dtype=torch.bool)
-        for b in lost:
-            mask[b.top - canvas_box.top : b.bottom - canvas_box.top, b.left - canvas_box.left : b.right - canvas_box.left] = False
-        if mask.any():
-            canvas[:, :, ~mask] = canvas[:, :, mask].mean(2, keepdim=True)
-
-    def _decode_tiles(
-        self,
-        payloads: Sequence[bytes | memoryview | None],
-        shape: tuple[int, int],
-        quality: int,
-        watch: Stopwatch,
-        numbers: Sequence[int],
-        group: Sequence[int],
-        symbols_seen: Callable[[int, bytes], None] | None,
-        allow_partial: bool,
-    ) -> list[Tensor | None]:
-        """Latents [M, h, w] of equal tiles in 1/64 steps; None for a tile that could not be decoded."""
-        results: list[Tensor | None] = [None] * len(payloads)
-        alive = [i for i, p in enumerate(payloads) if p is not None]
-        if not alive:
-            return results
+    def _decode_tiles(self, job: DecodeJob, tiles: Sequence[tuple[int, Box]]) -> list[Tensor | None]:
+        """Latents [M, h, w] in 1/64 steps of equal tiles (number, box); None for one that cannot be decoded."""
+        payloads = {number: p for number, _ in tiles if (p := job.payload(number)) is not None}
+        latents: dict[int, Tensor] = {}
         try:
-            latents = self._decode_together([payloads[i] for i in alive], shape, quality, watch,
-                                            [numbers[group[i]] for i in alive], symbols_seen)  # fmt: skip
+            if payloads:
+                latents = self._decode_together(job, payloads, tiles[0][1].shape)
         except (FormatError, DriftError):
-            if not allow_partial:
+            if not job.allow_partial:
                 raise
-            if len(alive) == 1:
-                return results
-            for i in alive:  # find the culprit: one by one
-                results[i] = self._decode_tiles([payloads[i]], shape, quality, watch, numbers, [group[i]], symbols_seen, True)[0]
-            return results
-        for i, latent in zip(alive, latents, strict=True):
-            results[i] = latent
-        return results
+            if len(tiles) > 1:  # one of them is at fault: separately
+                return [self._decode_tiles(job, [tile])[0] for tile in tiles]
+        return [latents.get(number) for number, _ in tiles]
 
     def _decode_together(
-        self,
-        payloads: Sequence[bytes | memoryview | None],
-        shape: tuple[int, int],
-        quality: int,
-        watch: Stopwatch,
-        numbers: Sequence[int],
-        symbols_seen: Callable[[int, bytes], None] | None,
-    ) -> Tensor:
-        batch = len(payloads)
-        decoders, expected = [], []
-        for p in payloads:
-            assert p is not None
-            if len(p) < _CRC.size:
-                raise FormatError("a tile is too short: the file is damaged")
-            expected.append(_CRC.unpack_from(p)[0])
-            decoders.append(Decoder(self.tables, p[_CRC.size :]))
-        checks = [0] * batch
+        self, job: DecodeJob, payloads: dict[int, bytes | memoryview], shape: tuple[int, int]
+    ) -> dict[int, Tensor]:
+        if min(map(len, payloads.values())) < _CRC.size:
+            raise FormatError("a tile is too short: the file is damaged")
+        expected = [_CRC.unpack_from(p)[0] for p in payloads.values()]
+        decoders = [Decoder(self.tables, p[_CRC.size :]) for p in payloads.values()]
+        checks = [0] * len(payloads)
 
         def answer(request: Request) -> Tensor:
-            with watch("entropy"):
+            with job.watch("entropy"):
                 indexes = request.tables.cpu().numpy()
                 symbols = np.stack([d.pull(indexes[i]) for i, d in enumerate(decoders)])
-                for i in range(batch):
+                for i, number in enumerate(payloads):
                     checks[i] = _crc(symbols[i], checks[i])
-                    if symbols_seen:
-                        symbols_seen(numbers[i], symbols[i].astype("<i4").tobytes())
+                    if job.symbols_seen:
+                        job.symbols_seen(number, symbols[i].astype("<i4").tobytes())
             return torch.from_numpy(symbols).to(self.device)
 
-        quality_integers = self._quality(quality)[0].expand(batch)
-        latent = _run(self.network.code((batch, *shape), quality_integers), answer, watch)
-        for number, check, wanted in zip(numbers, checks, expected, strict=True):
+        quality = self._quality(job.quality)[0].expand(len(payloads))
+        latent = _run(self.network.code((len(payloads), *shape), quality), answer, job.watch)
+        for number, check, wanted in zip(payloads, checks, expected, strict=True):
             if check != wanted:
                 raise DriftError(
                     f"tile {number} decoded to other symbols than were encoded although its bytes are intact: "
                     "this device or library computes wrongly; try --device cpu and report it"
                 )
-        return latent
+        return dict(zip(payloads, latent, strict=True))
 
     def _synthesise(
         self,
         canvas: Tensor,
         canvas_box: Box,
         needed: Box,
+        job: DecodeJob,
         area: Box,
-        quality: int,
         scale: int,
-        watch: Stopwatch,
         progress: Progress | None,
     ) -> npt.NDArray[np.uint8]:
-        _, t = self._quality(quality)
-        left, top = area.left // scale, area.top // scale
-        out = np.empty((-(-area.bottom // scale) - top, -(-area.right // scale) - left, 3), np.uint8)
+        """Pixels of `area` at 1/scale from a canvas of latents that holds the boxes `needed` and its halo."""
+        _, t = self._quality(job.quality)
+        target = Box(area.top // scale, area.left // scale, -(-area.bottom // scale), -(-area.right // scale))
+        out = np.empty((*target.shape, 3), np.uint8)
         step = STRIDE // scale
         windows = grid(needed, WINDOW)
         for count, window in enumerate(windows):
-            with watch("transform"):
-                outer = window.grown(self.network.halo, canvas_box.bottom, canvas_box.right)
-                outer = Box(max(outer.top, canvas_box.top), max(outer.left, canvas_box.left), outer.bottom, outer.right)
-                part = canvas[
-                    :, :, outer.top - canvas_box.top : outer.bottom - canvas_box.top,
-                    outer.left - canvas_box.left : outer.right - canvas_box.left,
-                ].to(self.device)  # fmt: skip
+            with job.watch("transform"):
+                outer = window.grown(self.network.halo, *job.latent_shape).within(canvas_box)
+                part = canvas[(..., *outer.relative_to(canvas_box).slices)].to(self.device)
                 x = self.network.synthesise(self.network.dequantise(part), t, scale)
-                x = x[0, :, (window.top - outer.top) * step :, (window.left - outer.left) * step :]
-                x = x[:, : window.shape[0] * step, : window.shape[1] * step]
+                seen = window.scaled(step).within(target)
+                x = x[(0, slice(None), *seen.relative_to(outer.scaled(step)).slices)]
                 x = x.add(0.5).mul(255).round().clamp(0, 255).to(torch.uint8)
-            with watch("store"):
-                pixels = x.permute(1, 2, 0).cpu().numpy()
-                y0, x0 = window.top * step - top, window.left * step - left
-                cut_y, cut_x = max(-y0, 0), max(-x0, 0)
-                pixels = pixels[cut_y : out.shape[0] - y0, cut_x : out.shape[1] - x0]
-                y0, x0 = max(y0, 0), max(x0, 0)
-                out[y0 : y0 + pixels.shape[0], x0 : x0 + pixels.shape[1]] = pixels
+            with job.watch("store"):
+                out[seen.relative_to(target).slices] = x.permute(1, 2, 0).cpu().numpy()
             if progress:
                 progress(0.5 + 0.5 * (count + 1) / len(windows))
         return out
+
+
+def _conceal(canvas: Tensor, lost: Sequence[Box]) -> None:
+    """Fill lost boxes of a canvas [1, M, H, W] with the mean latent of the rest: a patch of its mean colour."""
+    if not lost:
+        return
+    good = torch.ones(canvas.shape[2:], dtype=torch.bool)
+    for box in lost:
+        good[box.slices] = False
+    if good.any():
+        canvas[:, :, ~good] = canvas[:, :, good].mean(2, keepdim=True)
 
 
 def _run(coding: Coding, answer: Callable[[Request], Tensor], watch: Stopwatch) -> Tensor:
@@ -371,7 +359,7 @@ def _run(coding: Coding, answer: Callable[[Request], Tensor], watch: Stopwatch) 
             with watch("prior"):
                 request = coding.send(symbols)
     except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+        return stop.value
 
 
 def _crc(symbols: npt.NDArray[np.int32], start: int) -> int:

@@ -55,7 +55,7 @@ class _RoundClamp(torch.autograd.Function):
 
 def round_clamp(x: Tensor, limit: float = math.inf) -> Tensor:
     """Round half up and clamp to ±limit; the gradient passes straight through where it helps."""
-    return _RoundClamp.apply(x, limit)  # type: ignore[no-any-return]
+    return _RoundClamp.apply(x, limit)
 
 
 def interpolate(knots: Tensor, t: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from calotype.models import tables
 from calotype.models.exact import LIMIT, QuantConv, exact_matmul
 from calotype.models.quantizers import KNOTS
+from torch import Tensor, nn
 
 HYPER_STRIDE = 4
 """Latent positions per hyper-latent position, each way."""
@@ -136,7 +135,9 @@ def gaussian_bits(offset: Tensor, index: Tensor) -> Tensor:
     offset = offset.abs()
     root = 0.5**0.5
     mass = 0.5 * (torch.erfc((offset - 0.5) / sigma * root) - torch.erfc((offset + 0.5) / sigma * root))
-    return -torch.log2(_LowerBound.apply(mass, 1e-9))
+    # Far outside the mass and its gradient vanish in float32; a gentle slope still leads back.
+    beyond = F.relu(offset - 0.5 - 6 * sigma)
+    return -torch.log2(_LowerBound.apply(mass, 1e-9)) + 2 * beyond
 
 
 class Prior(nn.Module):
@@ -162,9 +163,7 @@ class Prior(nn.Module):
         )
         with torch.no_grad():
             self.hyper_first.bias[:, hyper:] = torch.log(torch.tensor(1 / tables.SCALE_MIN))
-        self.hyper_second = ContextNet(
-            0, hyper, hyper, hidden=96, known_unit=1 / HYPER_UNIT, mean_unit=HYPER_UNIT
-        )
+        self.hyper_second = ContextNet(0, hyper, hyper, hidden=96, known_unit=1 / HYPER_UNIT, mean_unit=HYPER_UNIT)
         self.up1 = QuantConv(hyper, 4 * up, leaky=True, in_unit=1 / HYPER_UNIT, knots=KNOTS)
         self.up_spatial = QuantConv(up, up, 3)
         self.up_mix = QuantConv(up, up, leaky=True)
@@ -221,10 +220,12 @@ class Prior(nn.Module):
                 mean, index = context(features, tables.compand_ste(known), t)
                 mean = mean / tables.MEAN_UNIT
                 part = y[:, p.start : p.stop]
-                coded = (index.detach() >= tables.SKIP).float()
+                coded = index.detach() >= tables.SKIP
                 symbol = (torch.floor(part - mean + 0.5) * coded).detach()
                 y_bits = y_bits + self._bits(part - mean, symbol, index, coded, mask)
-                rounded = part + (mean + symbol - part).detach()
+                # Where nothing is coded the latent is the mean, and no gradient may tell the encoder otherwise: it
+                # would push the latent on and on without any effect.
+                rounded = torch.where(coded, part + (mean + symbol - part).detach(), mean)
                 filled = torch.where(mask, rounded, y_hat[:, p.start : p.stop])
                 y_hat = torch.cat([y_hat[:, : p.start], filled, y_hat[:, p.stop :]], 1)
             return y_hat, y_bits, z_bits
@@ -246,11 +247,11 @@ class Prior(nn.Module):
             else:
                 mean, index = self.hyper_second(None, z_hat, t)
             offset = z - mean / HYPER_UNIT
-            coded = (index.detach() >= tables.SKIP).float()
+            coded = index.detach() >= tables.SKIP
             symbol = (torch.floor(offset + 0.5) * coded).detach()
             bits = bits + self._bits(offset, symbol, index, coded, mask)
-            value = (mean.detach() + HYPER_UNIT * symbol).clamp(-LIMIT, LIMIT)
-            rounded = HYPER_UNIT * z + (value - HYPER_UNIT * z).detach()
+            value = (mean + HYPER_UNIT * symbol).clamp(-LIMIT, LIMIT)
+            rounded = torch.where(coded, HYPER_UNIT * z + (value - HYPER_UNIT * z).detach(), value)
             z_hat = torch.where(mask, rounded, z_hat)
         return z_hat, bits
 
@@ -302,10 +303,10 @@ def _code_part(
     target: Tensor | None, mean: Tensor, index: Tensor, mask: Tensor, unit: int
 ) -> Generator[Request, Tensor, Tensor]:
     """Code the masked positions around integer means in 1/unit; returns their values [B, C, n] in 1/unit."""
-    mean, index = mean[:, :, mask], index[:, :, mask].to(torch.uint8)
+    mean, index = mean[:, :, mask], index[:, :, mask]
     symbols = None
     if target is not None:
-        rounded = torch.floor(target[:, :, mask] - mean / unit + 0.5).clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        symbols = (rounded * (index >= tables.SKIP)).to(torch.int32).flatten(1)
-    answer = yield Request(index.flatten(1), symbols)
+        nearest = torch.floor(target[:, :, mask] - mean / unit + 0.5).clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        symbols = (nearest * (index >= tables.SKIP)).to(torch.int32).flatten(1)
+    answer = yield Request(index.to(torch.uint8).flatten(1), symbols)
     return mean + unit * answer.view(mean.shape).to(mean.device, torch.float32)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
-
 from calotype.models.exact import LEVELS, interpolate
+from torch import Tensor, nn
 
 LAMBDA_MIN = 0.0003
 LAMBDA_MAX = 0.24
@@ -22,7 +21,7 @@ QUALITY_STEPS = 1000
 
 
 def quality_level(quality: Tensor) -> Tensor:
-    """Level of the conditional integer layers, below `exact.LEVELS`, for an integer quality: integer arithmetic only."""
+    """Level of the conditional integer layers, below `exact.LEVELS`, of an integer quality; integer arithmetic only."""
     return (quality * (LEVELS - 1) + QUALITY_STEPS // 2) // QUALITY_STEPS
 
 

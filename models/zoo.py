@@ -1,7 +1,7 @@
 """Registry of models: name -> architecture, shipped weights, their SHA-256, and a model card.
 
-`weights/index.json` lists what is shipped; a stream names its weights by the first 8 bytes of their SHA-256. This module
-imports torch only where a network is built.
+`weights/index.json` lists what is shipped; a stream names its weights by the first 8 bytes of their SHA-256. This
+module imports torch only where a network is built.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
     from calotype.models.hyperprior import Hyperprior
+    from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
 CARDS = Path(__file__).parent / "cards"
@@ -110,9 +109,8 @@ def verify_weights(name: str) -> None:
 @functools.cache
 def load(name: str, device: str = "cpu") -> Hyperprior:
     """The network of a shipped model, ready to code on `device`. Raises WeightsError."""
-    from safetensors.torch import load as load_tensors
-
     from calotype.models.exact import integerise
+    from safetensors.torch import load as load_tensors
 
     spec = describe(name)
     data = _read_verified(spec)
@@ -128,9 +126,8 @@ def load(name: str, device: str = "cpu") -> Hyperprior:
 def save(network: Hyperprior, path: Path) -> str:
     """Write the shipped form of a trained network: float16 transforms, integer entropy layers. Returns the SHA-256."""
     import torch
-    from safetensors.torch import save as save_tensors
-
     from calotype.models.exact import integerise
+    from safetensors.torch import save as save_tensors
 
     tensors = {}
     for key, value in integerise(network).state_dict().items():
@@ -153,9 +150,8 @@ def load_parameters(network: nn.Module, path: Path) -> int:
 
     found: Mapping[str, torch.Tensor]
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         from calotype.models.exact import integerise, restore
+        from safetensors.torch import load_file
 
         integers = integerise(network)
         own = integers.state_dict()

@@ -50,7 +50,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 def build_optimizers(model: nn.Module, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon takes every weight that is a matrix of at least 32 x 32, AdamW the rest."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for p in model.parameters():
         is_matrix = p.ndim == 4 and p.shape[0] >= 32 and p[0].numel() >= 32
         (matrices if is_matrix else others).append(p)

@@ -9,21 +9,23 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.optim import build_optimizers
 from calotype.models.training.recipe import Recipe
 from calotype.models.zoo import architecture, load_parameters
+from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.pt"
+PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
+DIVERGENCE = 1.3
+"""A mean loss this many times above the best one ends the run, before it replaces a good checkpoint."""
 VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 
 
@@ -33,9 +35,13 @@ def loss_per_sample(bpp: Tensor, mse: Tensor, t: Tensor, weighting: float) -> Te
     return (bpp + lam * 255**2 * mse) / (4 * lam**weighting)
 
 
+class TrainingDivergedError(RuntimeError):
+    """The loss has risen so far that going on would waste time and overwrite good checkpoints."""
+
+
 @dataclass(frozen=True)
 class Validation:
-    """Means over the validation photographs: per quality (bpp estimated, PSNR in dB of 8-bit pictures), and the loss."""
+    """Means over the validation photographs: per quality (estimated bpp, PSNR in dB of 8 bits), and the loss."""
 
     points: tuple[tuple[float, float], ...]
     loss: float
@@ -116,9 +122,12 @@ class Trainer:
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
         }
-        temporary = self.recipe.output / (CHECKPOINT + ".tmp")
+        path = self.recipe.output / CHECKPOINT
+        temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
-        os.replace(temporary, self.recipe.output / CHECKPOINT)
+        if path.exists():
+            os.replace(path, self.recipe.output / PREVIOUS_CHECKPOINT)
+        os.replace(temporary, path)
 
     def _log(self, **record: Any) -> None:
         if self.rank:
@@ -139,26 +148,34 @@ class Trainer:
     def run(self) -> Validation:
         """Train to the last step; returns the validation of the averaged weights."""
         r = self.recipe
-        forward = torch.compile(self.model) if r.compile else self.model
+        forward: Callable[..., Any] = torch.compile(self.model) if r.compile else self.model
         if self.world > 1:
             forward = nn.parallel.DistributedDataParallel(self.model)
-        bases = [[g["lr"] for g in o.param_groups] for o in build_optimizers(self.model, muon_lr=r.muon_lr, adam_lr=r.adam_lr)]
+        bases = (r.muon_lr, r.adam_lr)
         started, base_seconds = time.monotonic(), self.seconds
         saved = started
-        sums = torch.zeros(3)
+        sums, best = torch.zeros(3), math.inf
         while self.step < r.steps:
             factor = self._learning_rate()
             for optimizer, base in zip(self.optimizers, bases, strict=True):
-                for group, lr in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = lr * factor
+                for group in optimizer.param_groups:
+                    group["lr"] = base * factor
             loss, bpp, mse = self._train_step(forward)
             sums += torch.tensor([loss, bpp, mse])
             self.step += 1
             self.seconds = base_seconds + time.monotonic() - started
             if self.step % r.log_every == 0:
                 loss, bpp, mse = (sums / r.log_every).tolist()
-                self._log(loss=round(loss, 5), bpp=round(bpp, 4), psnr=round(-10 * math.log10(mse), 3), lr=round(factor, 4))
+                self._log(
+                    loss=round(loss, 5), bpp=round(bpp, 4), psnr=round(-10 * math.log10(mse), 3), lr=round(factor, 4)
+                )
                 sums.zero_()
+                if not loss < DIVERGENCE * best:
+                    raise TrainingDivergedError(
+                        f"the loss rose to {loss:.3g} at step {self.step}: lower the learning rates and go on from "
+                        f"{PREVIOUS_CHECKPOINT}"
+                    )
+                best = min(best, loss)
             if time.monotonic() - saved > 60 * r.checkpoint_minutes:
                 self.save()
                 saved = time.monotonic()
@@ -167,7 +184,7 @@ class Trainer:
         self.save()
         return self._validate_ema()
 
-    def _train_step(self, forward: nn.Module) -> tuple[float, float, float]:
+    def _train_step(self, forward: Callable[..., Any]) -> tuple[float, float, float]:
         r = self.recipe
         x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
         t = torch.rand(r.batch, device=self.device)
@@ -194,7 +211,5 @@ class Trainer:
         self.model.load_state_dict(self.ema, strict=False)
         result = validate(self.model, self.photos, self.recipe.rate_weighting, self.device)
         self.model.load_state_dict(current, strict=False)
-        self._log(
-            validation=round(result.loss, 5), points=[[round(b, 4), round(p, 3)] for b, p in result.points]
-        )
+        self._log(validation=round(result.loss, 5), points=[[round(b, 4), round(p, 3)] for b, p in result.points])
         return result
