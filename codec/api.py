@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
 from calotype import container, media, rate
 from calotype.container import Header, Still
 from calotype.errors import InputError, LimitError, ModelNotFoundError
@@ -19,6 +20,7 @@ from calotype.rate import QUALITY_STEPS, Target
 
 if TYPE_CHECKING:
     import torch
+
     from calotype.picture import DecodeJob, PictureCoder, Stopwatch
 
 DEFAULT_MODEL = "hyperprior"

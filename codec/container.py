@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from calotype.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_METADATA, MAX_SIDE, MAX_TILES
-from pydantic import BaseModel, ConfigDict
 
 SUFFIX = ".clt"
 MAGIC = b"\x89CLT\r\n\x1a\n"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import constriction
 import numpy as np
 import numpy.typing as npt
+
 from calotype.errors import FormatError
 
 Symbols = npt.NDArray[np.int32]

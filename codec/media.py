@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
 from calotype.errors import InputError, LimitError, OutputExistsError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,7 +35,7 @@ OUTPUT_SUFFIXES = {
     ".npy": "npy",
 }
 INPUT_SUFFIXES = frozenset(OUTPUT_SUFFIXES) - {".npy"}
-_INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "PPM", "MPO")
+_INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "PPM")
 _ORIENTATION = 0x0112
 
 
@@ -65,15 +67,18 @@ class Picture:
         return self.pixels.shape[0]
 
 
-@contextlib.contextmanager
-def _pillow_limit(max_pixels: int) -> Iterator[None]:
-    """Our own limit replaces Pillow's, which warns at one size and fails at another."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+_OPENING = threading.Lock()
+
+
+def _open(stream: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
+    """Read a header without Pillow's own size limit, which is a global: our callers check theirs before decoding."""
+    with _OPENING:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(stream, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def read_picture(source: Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
@@ -85,7 +90,7 @@ def read_picture(source: Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) 
     name = "the input" if isinstance(source, bytes) else str(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with _pillow_limit(max_pixels), Image.open(stream, formats=_INPUT_FORMATS) as image:
+        with _open(stream, _INPUT_FORMATS) as image:
             if image.width * image.height > max_pixels or max(image.size) > MAX_SIDE:
                 raise LimitError(
                     f"{name} has {image.width}x{image.height} pixels, over the limit of {max_pixels}: raise max_pixels"
@@ -203,7 +208,7 @@ def encode_alpha(alpha: Pixels) -> bytes:
 def decode_alpha(data: bytes, width: int, height: int) -> Pixels:
     """Inverse of `encode_alpha`; raises InputError unless it is a gray PNG of exactly this size."""
     try:
-        with _pillow_limit(width * height), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        with _open(io.BytesIO(data), ("PNG",)) as image:
             if image.size != (width, height) or image.mode != "L":
                 raise InputError("the alpha plane does not match the picture")
             return np.array(image)
@@ -220,13 +225,13 @@ def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
         raise OutputExistsError(f"{path} is there already: use --force to replace it or --skip-existing to keep it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -234,9 +239,3 @@ def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
             raise
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

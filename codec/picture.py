@@ -20,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from calotype.entropy import Decoder, Encoder, SymbolTables
 from calotype.errors import DriftError, FormatError
 from calotype.models import tables
 from calotype.models.hyperprior import STRIDE, Hyperprior
 from calotype.models.priors import Coding, Request
 from calotype.models.quantizers import QUALITY_STEPS
-from torch import Tensor
 
 WINDOW = 2048 // STRIDE
 """Side of a window in latent positions."""

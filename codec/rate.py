@@ -56,11 +56,14 @@ def search(target: Target, trial: Callable[[int], tuple[float, T]]) -> tuple[int
     while high - low > 1 and not good(measure(guess)):
         if measure(guess) <= target.value:
             low = guess
+            # Far up already: is the target below what the best quality gives at all?
+            if high == QUALITY_STEPS and low >= 3 * QUALITY_STEPS // 4 and measure(high) <= target.value:
+                break
         else:
             high = guess
+            if low == 0 and high <= QUALITY_STEPS // 4 and measure(low) > target.value:
+                break
         guess = _interpolate(target.value, low, high, {q: v for q, (v, _) in tried.items()})
-    for end in (low, high):
-        measure(end)
     return _choose(target, tried)
 
 
@@ -89,7 +92,6 @@ def _choose(target: Target, tried: dict[int, tuple[float, T]]) -> tuple[int, T]:
     if not reached:
         raise TargetError(
             f"a target of {target.value:g} {unit} is out of reach for this picture: "
-            f"the nearest is {values[best]:.4g} {unit} at quality {best / 10:g}; "
-            f"qualities 0 to 100 give {min(values.values()):.4g} to {max(values.values()):.4g} {unit}"
+            f"the nearest found is {values[best]:.6g} {unit} at quality {best / 10:g}"
         )
     return best, tried[best][1]

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from calotype.models import tables
 from calotype.models.blocks import blocks, dct_basis
 from calotype.models.priors import HYPER_STRIDE, Coding, Prior
 from calotype.models.quantizers import Modulation, base_step, quality_level
-from torch import Tensor, nn
 
 STRIDE = 16
 """Pixels per latent position, each way."""

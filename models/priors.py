@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from calotype.models import tables
 from calotype.models.exact import LIMIT, QuantConv, exact_matmul
 from calotype.models.quantizers import KNOTS
-from torch import Tensor, nn
 
 HYPER_STRIDE = 4
 """Latent positions per hyper-latent position, each way."""

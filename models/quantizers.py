@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from calotype.models.exact import LEVELS, interpolate
 from torch import Tensor, nn
+
+from calotype.models.exact import LEVELS, interpolate
 
 LAMBDA_MIN = 0.0003
 LAMBDA_MAX = 0.24

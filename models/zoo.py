@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from calotype.models.hyperprior import Hyperprior
     from torch import nn
+
+    from calotype.models.hyperprior import Hyperprior
 
 WEIGHTS = Path(__file__).parent / "weights"
 CARDS = Path(__file__).parent / "cards"
@@ -109,8 +110,9 @@ def verify_weights(name: str) -> None:
 @functools.cache
 def load(name: str, device: str = "cpu") -> Hyperprior:
     """The network of a shipped model, ready to code on `device`. Raises WeightsError."""
-    from calotype.models.exact import integerise
     from safetensors.torch import load as load_tensors
+
+    from calotype.models.exact import integerise
 
     spec = describe(name)
     data = _read_verified(spec)
@@ -126,8 +128,9 @@ def load(name: str, device: str = "cpu") -> Hyperprior:
 def save(network: Hyperprior, path: Path) -> str:
     """Write the shipped form of a trained network: float16 transforms, integer entropy layers. Returns the SHA-256."""
     import torch
-    from calotype.models.exact import integerise
     from safetensors.torch import save as save_tensors
+
+    from calotype.models.exact import integerise
 
     tensors = {}
     for key, value in integerise(network).state_dict().items():
@@ -150,8 +153,9 @@ def load_parameters(network: nn.Module, path: Path) -> int:
 
     found: Mapping[str, torch.Tensor]
     if path.suffix == ".safetensors":
-        from calotype.models.exact import integerise, restore
         from safetensors.torch import load_file
+
+        from calotype.models.exact import integerise, restore
 
         integers = integerise(network)
         own = integers.state_dict()

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.optim import build_optimizers
 from calotype.models.training.recipe import Recipe
 from calotype.models.zoo import architecture, load_parameters
-from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"

@@ -1,0 +1,116 @@
+"""`calotype decode`: .clt files to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calotype.cli.batch import STREAM, Batch, Product, Progress, Task, plan, read_bytes
+from calotype.cli.codecs import Codecs
+from calotype.cli.console import Settings, file_size, stage_times
+from calotype.cli.options import (
+    BatchOptions,
+    batch_options,
+    common_options,
+    inputs_argument,
+    size,
+)
+from calotype.cli.options import (
+    metadata as metadata_kinds,
+)
+from calotype.cli.options import (
+    region as region_box,
+)
+
+_FORMATS = ("png", "jpeg", "webp", "tiff", "bmp", "ppm", "npy", "avif")
+_SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
+
+
+@click.command(short_help="Decode .clt files to pictures.")
+@inputs_argument
+@click.option("--format", "format_", type=click.Choice(_FORMATS), help="[default: from the suffix of -o, else png]")
+@click.option(
+    "--region", type=region_box, metavar="X,Y,W,H", help="Only this part of the picture, in pixels of the full size."
+)
+@click.option("--scale", type=click.Choice(list(_SCALES)), default="1", help="Decode smaller, and faster.")
+@click.option("--allow-partial", is_flag=True, help="Decode what is intact of a damaged file.")
+@click.option("--max-pixels", type=size, metavar="SIZE", help="Refuse larger pictures, e.g. 100M.")
+@click.option(
+    "--ignore-metadata",
+    type=metadata_kinds,
+    metavar="KINDS",
+    default="none",
+    help="Metadata to leave out: all, none or some of icc,exif,xmp.",
+)
+@batch_options
+@common_options
+@click.pass_context
+def decode(
+    ctx: click.Context,
+    *,
+    inputs: tuple[Path, ...],
+    format_: str | None,
+    region: tuple[int, int, int, int] | None,
+    scale: str,
+    allow_partial: bool,
+    max_pixels: int | None,
+    ignore_metadata: tuple[str, ...],
+    batch: BatchOptions,
+) -> None:
+    """Decode .clt files to pictures.
+
+    IN is a file, a folder or - for standard input. photo.clt becomes photo.png beside it unless -o or --format say
+    otherwise; for -o - the format must be given.
+    """
+    from calotype.api import strip_metadata
+    from calotype.container import SUFFIX
+    from calotype.media import write_picture
+
+    settings = ctx.ensure_object(Settings)
+    codecs = Codecs(settings.device)
+    limits = {} if max_pixels is None else {"max_pixels": max_pixels}
+
+    def work(task: Task, progress: Progress) -> Product:
+        data = read_bytes(task.source)
+        decoded = codecs.of(data).decode(
+            data, region=region, scale=_SCALES[scale], allow_partial=allow_partial, progress=progress, **limits
+        )
+        picture = strip_metadata(decoded.picture, ignore_metadata)
+        output = write_picture(picture, chosen)
+        record: dict[str, Any] = {
+            "format": chosen,
+            "width": picture.width,
+            "height": picture.height,
+            "bytes": len(output),
+            "damaged_tiles": list(decoded.damaged),
+            "seconds": dict(decoded.seconds),
+        }
+        line = f"{picture.width}x{picture.height}, {file_size(len(output))}"
+        if decoded.damaged:
+            line += f", {len(decoded.damaged)} damaged tiles"
+        return Product(output, record, line + stage_times(settings, decoded.seconds), partial=bool(decoded.damaged))
+
+    # The suffix of the outputs is known only when we know whether -o is a file, so the plan comes first.
+    suffix = ".jpg" if format_ == "jpeg" else f".{format_ or 'png'}"
+    tasks = plan(inputs, batch, suffix=suffix, input_suffixes={SUFFIX})
+    chosen = _format(format_, batch.output, tasks)
+    ctx.exit(Batch(tasks, batch, settings, schema="calotype.decode/1").run(work))
+
+
+def _format(given: str | None, output: str | None, tasks: list[Task]) -> str:
+    """The format of all outputs. Raises click.UsageError where it stays open or contradicts the name of the output."""
+    from calotype.media import OUTPUT_SUFFIXES
+
+    target = tasks[0].target
+    if target == STREAM:
+        if given is None:
+            raise click.UsageError("Standard output has no suffix: give the --format.")
+        return given
+    named = OUTPUT_SUFFIXES.get(target.suffix.lower())
+    if given is None and named is None:
+        raise click.UsageError(f"No picture format ends in {target.suffix!r} ({output}): give the --format.")
+    if given is not None and named is not None and given != named:
+        raise click.UsageError(f"--format {given} contradicts the suffix of {output}.")
+    return given or named or "png"

@@ -1,0 +1,148 @@
+"""`calotype encode`: pictures to .clt files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from click.core import ParameterSource
+
+from calotype.cli.batch import STREAM, Batch, Product, Progress, Task, plan, read_bytes
+from calotype.cli.codecs import Codecs
+from calotype.cli.console import Settings, file_size, stage_times
+from calotype.cli.options import BatchOptions, batch_options, common_options, inputs_argument, size
+from calotype.cli.options import metadata as metadata_kinds
+
+if TYPE_CHECKING:
+    from calotype.api import Codec
+    from calotype.rate import Target
+
+
+@click.command(short_help="Encode pictures to .clt files.")
+@inputs_argument
+@click.option(
+    "-q",
+    "--quality",
+    type=click.FloatRange(0, 100),
+    default=60,
+    show_default=True,
+    help="0 (smallest) to 100 (best). This or one of the targets.",
+)
+@click.option("--target-size", type=size, metavar="SIZE", help="Largest size of each file: 40k, 40KiB, 1M or bytes.")
+@click.option("--target-bpp", type=click.FloatRange(0, min_open=True), help="Most bits per pixel of each file.")
+@click.option("--target-psnr", type=click.FloatRange(0, min_open=True), help="PSNR to reach, in dB.")
+@click.option("-m", "--model", default="hyperprior", show_default=True, help="A model of `calotype models list`.")
+@click.option(
+    "--tile",
+    type=click.Choice(["256", "512", "1024", "2048"]),
+    default="1024",
+    show_default=True,
+    help="Tile side: small tiles decode in small regions, large ones are a little smaller.",
+)
+@click.option(
+    "--metadata",
+    type=metadata_kinds,
+    metavar="KINDS",
+    default="all",
+    show_default=True,
+    help="Metadata to keep: all, none or some of icc,exif,xmp.",
+)
+@click.option("--verify", is_flag=True, help="Decode each result and check it before it is written.")
+@click.option("--max-pixels", type=size, metavar="SIZE", help="Refuse larger pictures, e.g. 100M.")
+@batch_options
+@common_options
+@click.pass_context
+def encode(
+    ctx: click.Context,
+    *,
+    inputs: tuple[Path, ...],
+    model: str,
+    tile: str,
+    metadata: tuple[str, ...],
+    verify: bool,
+    max_pixels: int | None,
+    batch: BatchOptions,
+    quality: float,
+    target_size: int | None,
+    target_bpp: float | None,
+    target_psnr: float | None,
+) -> None:
+    """Encode pictures (JPEG, PNG, WebP, TIFF, BMP, AVIF, PPM) to .clt files.
+
+    IN is a file, a folder or - for standard input. photo.jpg becomes photo.clt beside it unless -o says otherwise.
+    """
+    from calotype.container import SUFFIX
+    from calotype.media import INPUT_SUFFIXES, read_picture
+
+    settings = ctx.ensure_object(Settings)
+    target = _target(ctx, {"target_size": target_size, "target_bpp": target_bpp, "target_psnr": target_psnr})
+    codecs = Codecs(settings.device)
+
+    def work(task: Task, progress: Progress) -> Product:
+        source = read_bytes(STREAM) if task.source == STREAM else task.source
+        picture = read_picture(source) if max_pixels is None else read_picture(source, max_pixels=max_pixels)
+        codec = codecs.named(model)
+        encoded = codec.encode(
+            picture,
+            quality=quality,
+            target=target,
+            tile=int(tile),
+            metadata=metadata,
+            progress=progress,
+        )
+        if verify:
+            _verify(codec, encoded.data)
+        record: dict[str, Any] = {
+            "width": picture.width,
+            "height": picture.height,
+            "bytes": len(encoded.data),
+            "bpp": encoded.bpp,
+            "quality": encoded.quality,
+            # JSON has no infinity.
+            "psnr": encoded.psnr if encoded.psnr is not None and math.isfinite(encoded.psnr) else None,
+            "model": model,
+            "verified": verify,
+            "seconds": dict(encoded.seconds),
+        }
+        line = f"{file_size(len(encoded.data))}, {encoded.bpp:.3f} bpp, quality {encoded.quality:g}"
+        if encoded.psnr is not None:
+            line += f", {encoded.psnr:.2f} dB"
+        return Product(encoded.data, record, line + stage_times(settings, encoded.seconds))
+
+    tasks = plan(inputs, batch, suffix=SUFFIX, input_suffixes=INPUT_SUFFIXES)
+    # Loading first makes a missing model one error of the command, not one of each file.
+    ctx.exit(Batch(tasks, batch, settings, schema="calotype.encode/1").run(work, prepare=lambda: codecs.named(model)))
+
+
+def _target(ctx: click.Context, values: dict[str, float | None]) -> Target | None:
+    """The one target asked for, None for a plain quality. The command line outranks the environment."""
+    from calotype.rate import Target
+
+    kinds: dict[str, Literal["size", "bpp", "psnr"]] = {
+        "target_size": "size",
+        "target_bpp": "bpp",
+        "target_psnr": "psnr",
+    }
+    for source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
+        given = [name for name in ("quality", *kinds) if ctx.get_parameter_source(name) is source]
+        if len(given) > 1:
+            names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise click.UsageError(f"{names} exclude each other: choose one.")
+        for name in given:
+            value = values.get(name)
+            return None if value is None else Target(kinds[name], float(value))
+    return None
+
+
+def _verify(codec: Codec, data: bytes) -> None:
+    """Decode what was just encoded. Raises VerifyError whatever goes wrong, for the file itself is ours."""
+    from calotype.errors import CalotypeError, VerifyError
+
+    try:
+        codec.verify(data, deep=True)
+    except VerifyError:
+        raise
+    except CalotypeError as error:
+        raise VerifyError(f"the encoded file does not decode, nothing was written: {error}") from error
