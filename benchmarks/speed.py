@@ -114,9 +114,8 @@ def main() -> None:
     anchor_encode, anchor_decode = anchor(pictures, options.device, options.repeat)
 
     print(f"{len(pictures)} pictures, {megapixels:.2f} Mpx, {options.threads} threads, {options.device}")
-    print(
-        f"faster than bmshj2018-hyperprior q4: encode {anchor_encode / encode:.1f}x, decode {anchor_decode / decode:.1f}x"
-    )
+    ratios = f"encode {anchor_encode / encode:.1f}x, decode {anchor_decode / decode:.1f}x"
+    print(f"faster than bmshj2018-hyperprior q4: {ratios}")
     for name, total, other in (("encode", encode, anchor_encode), ("decode", decode, anchor_decode)):
         print(f"{name}: {megapixels / total:.2f} Mpx/s (anchor {megapixels / other:.2f})")
         for stage, value in sorted(stages[name].items(), key=lambda item: -item[1]):

@@ -7,7 +7,6 @@ import io
 import os
 import secrets
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ class Picture:
 _OPENING = threading.Lock()
 
 
-def _open(stream: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
+def _open(stream: Path | io.BytesIO, formats: tuple[str, ...]) -> Image.Image:
     """Read a header without Pillow's own size limit, which is a global: our callers check theirs before decoding."""
     with _OPENING:
         before = Image.MAX_IMAGE_PIXELS
