@@ -1,0 +1,71 @@
+"""Write tests/golden: files that every later version must decode to the same symbols. Run after new weights:
+
+python tests/make_golden.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from calotype.api import Codec
+from calotype.media import Picture, read_picture, write_picture
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+INDEX = "hashes.json"
+
+
+def _crop(name: str, top: int, left: int, height: int, width: int, step: int = 1) -> np.ndarray:
+    pixels = read_picture(TESTS.parent / "samples" / name).pixels
+    return np.ascontiguousarray(pixels[top : top + height * step : step, left : left + width * step : step])
+
+
+def _pattern(height: int, width: int) -> np.ndarray:
+    """Colours, hard edges and noise: symbols that a photograph seldom has."""
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    y, x = np.mgrid[:height, :width]
+    checks = ((y // 9 + x // 11) % 2).astype(bool)
+    pixels[checks] = np.stack([x * 255 // width, y * 255 // height, 255 - x * 255 // width], 2)[checks]
+    return pixels
+
+
+def cases() -> dict[str, tuple[Picture, float, int]]:
+    """Name -> (picture, quality, tile side)."""
+    face, cup = _crop("astronaut.png", 40, 160, 96, 120), _crop("coffee.png", 100, 220, 90, 110)
+    fur = _crop("chelsea.png", 60, 120, 128, 128)
+    ramp = np.linspace(0, 255, 70 * 50).reshape(50, 70).astype(np.uint8)
+    return {
+        "portrait-q10": (Picture(face), 10, 1024),
+        "portrait-q60": (Picture(face), 60, 1024),
+        "coffee-q85": (Picture(cup), 85, 1024),
+        "fur-q100": (Picture(fur), 100, 1024),
+        "gray-q45": (Picture(fur[:77, :101, 1:2].copy()), 45, 1024),
+        "alpha-q30": (Picture(face[:50, :70].copy(), ramp), 30, 1024),
+        "tiles-q25": (Picture(_crop("rocket.jpg", 20, 60, 200, 280, 2)), 25, 256),
+        "pattern-q0": (Picture(_pattern(64, 80)), 0, 1024),
+        "pattern-q100": (Picture(_pattern(40, 48)), 100, 1024),
+        "pixel-q50": (Picture(np.array([[[200, 30, 90]]], np.uint8)), 50, 1024),
+    }
+
+
+def main() -> None:
+    """Replace the folder's files."""
+    GOLDEN.mkdir(exist_ok=True)
+    for old in GOLDEN.iterdir():
+        old.unlink()
+    codec = Codec.load(device="cpu")
+    index = {}
+    for name, (picture, quality, tile) in cases().items():
+        data = codec.encode(picture, quality=quality, tile=tile).data
+        (GOLDEN / f"{name}.clt").write_bytes(data)
+        (GOLDEN / f"{name}.png").write_bytes(write_picture(codec.decode(data).picture, "png"))
+        index[f"{name}.clt"] = {"symbols": codec.symbol_hash(data), "pixels_png": f"{name}.png"}
+    (GOLDEN / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The specification is enough: a decoder written from docs/FORMAT.md alone reads what the codec writes.
+
+And the bitstream stays what it is: the files in tests/golden decode to recorded symbols and pixels.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_decoder
+
+from calotype import container, entropy
+from calotype.api import Codec
+from calotype.media import Picture, decode_alpha, read_picture
+from calotype.models import tables
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED: dict[str, dict[str, str]] = json.loads((GOLDEN / "hashes.json").read_text(encoding="utf-8"))
+SPECIFICATION = (Path(__file__).parent.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def reference(codec: Codec) -> reference_decoder.Decoder:
+    return reference_decoder.Decoder(codec.spec.weights)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    """Largest difference of two pictures of one shape."""
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def check(reference: reference_decoder.Decoder, codec: Codec, data: bytes) -> np.ndarray:
+    """Both decoders agree on `data`; returns the latent."""
+    file = reference_decoder.parse(data)
+    latent, symbols = reference.latent(file)
+    assert symbols == codec.symbol_hash(data)
+    assert difference(reference.pixels(file, latent), codec.decode(data).picture.pixels) <= 1
+    return latent
+
+
+@pytest.mark.parametrize("quality", [0, 0.8, 37.5, 60, 99.9, 100])
+def test_reference_decoder_agrees_at_every_quality(
+    reference: reference_decoder.Decoder, codec: Codec, photo: Picture, quality: float
+) -> None:
+    crop = Picture(np.ascontiguousarray(photo.pixels[60:187, 100:290]))
+    latent = check(reference, codec, codec.encode(crop, quality=quality).data)
+    assert np.unique(latent).size > 50
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 300), (16, 16), (17, 65), (270, 530), (513, 40)])
+def test_reference_decoder_agrees_on_any_shape(
+    reference: reference_decoder.Decoder,
+    codec: Codec,
+    synthetic: Callable[..., Picture],
+    height: int,
+    width: int,
+) -> None:
+    check(reference, codec, codec.encode(synthetic(height, width), quality=40, tile=256).data)
+
+
+def test_reference_decoder_agrees_on_gray_alpha_and_metadata(
+    reference: reference_decoder.Decoder, codec: Codec, synthetic: Callable[..., Picture]
+) -> None:
+    made = synthetic(40, 50, 1, alpha=True)
+    picture = Picture(made.pixels, made.alpha, icc=b"profile", exif=b"Exif\0\0II", xmp=b"<x/>")
+    data = codec.encode(picture, quality=70).data
+    check(reference, codec, data)
+    file = reference_decoder.parse(data)
+    assert file.boxes == {"iCCP": b"profile", "eXIF": b"Exif\0\0II", "xMPd": b"<x/>"}
+    assert file.channels == 1
+    assert file.alpha is not None
+    assert made.alpha is not None
+    assert (decode_alpha(file.alpha, 50, 40) == made.alpha).all()
+
+
+def test_reference_decoder_agrees_on_escapes(reference: reference_decoder.Decoder, codec: Codec) -> None:
+    """Noise and hard edges at the best quality: symbols outside of their tables occur, and are decoded."""
+    rng = np.random.default_rng(0)
+    pixels = rng.choice(np.array([0, 255], np.uint8), (48, 64, 3))
+    pixels[10:30, 20:50] = 255
+    met = 0
+
+    class Counting(entropy.Encoder):
+        def _push_escaped(self, values: entropy.Symbols) -> None:
+            nonlocal met
+            met += len(values)
+            super()._push_escaped(values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calotype.picture.Encoder", Counting)
+        data = codec.encode(Picture(pixels), quality=100).data
+    assert met > 0
+    check(reference, codec, data)
+
+
+def test_latents_are_equal(
+    reference: reference_decoder.Decoder, codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = codec.encode(photo, quality=55, tile=256).data
+    expected, _ = reference.latent(reference_decoder.parse(data))
+    seen = []
+    original = codec.coder.network.dequantise
+    monkeypatch.setattr(codec.coder.network, "dequantise", lambda x: seen.append(x.clone()) or original(x))
+    codec.decode(data)
+    (latent,) = seen
+    assert (latent[0].numpy() == expected).all()
+
+
+def test_reference_decoder_refuses_damage(reference: reference_decoder.Decoder, codec: Codec, photo: Picture) -> None:
+    data = bytearray(codec.encode(Picture(photo.pixels[:32, :32].copy()), quality=30).data)
+    data[-8] ^= 1
+    with pytest.raises(reference_decoder.DamageError):
+        reference_decoder.parse(bytes(data))
+
+
+def test_reference_decoder_is_independent() -> None:
+    """It imports neither the codec nor the libraries that the codec computes with."""
+    tree = ast.parse(Path(reference_decoder.__file__).read_text(encoding="utf-8"))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "safetensors"}
+
+
+def test_specification_states_the_constants_of_the_code() -> None:
+    widths = re.search(r"w = ([\d\s]+)", SPECIFICATION)
+    assert widths is not None
+    stated = [int(w) for w in widths[1].split()]
+    assert stated == [tables.half_width(i) for i in range(tables.SCALES)] == list(reference_decoder.HALF_WIDTHS)
+    assert f"version {container.VERSION[0]}.{container.VERSION[1]}" in SPECIFICATION.splitlines()[0]
+    assert " ".join(f"{b:02X}" for b in container.MAGIC) in SPECIFICATION
+    for name in (container.HEADER, container.TABLE, container.TILE, container.ALPHA, *container.BOXES.values()):
+        assert f"`{name.decode()}`" in SPECIFICATION
+
+
+# Golden files -----------------------------------------------------------------------------------------------------
+
+
+def test_golden_folder_is_complete() -> None:
+    assert len(EXPECTED) >= 8
+    listed = {*EXPECTED, *(e["pixels_png"] for e in EXPECTED.values()), "hashes.json"}
+    assert {p.name for p in GOLDEN.iterdir()} == listed
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_golden_file(codec: Codec, name: str) -> None:
+    data = (GOLDEN / name).read_bytes()
+    assert codec.symbol_hash(data) == EXPECTED[name]["symbols"]
+    decoded = codec.decode(data).picture
+    stored = read_picture(GOLDEN / EXPECTED[name]["pixels_png"])
+    assert difference(decoded.pixels, stored.pixels) <= 1
+    assert (decoded.alpha is None) == (stored.alpha is None)
+    if decoded.alpha is not None and stored.alpha is not None:
+        assert (decoded.alpha == stored.alpha).all()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_golden_file_under_the_reference_decoder(reference: reference_decoder.Decoder, name: str) -> None:
+    file = reference_decoder.parse((GOLDEN / name).read_bytes())
+    assert reference.latent(file)[1] == EXPECTED[name]["symbols"]
+
+
+def test_golden_files_cover_the_format() -> None:
+    headers = [container.read_still((GOLDEN / name).read_bytes()) for name in EXPECTED]
+    assert {h.header.channels for h in headers} == {1, 3}
+    assert {h.header.alpha for h in headers} == {False, True}
+    assert max(h.header.tiles for h in headers) > 1
+    qualities = [h.header.quality for h in headers]
+    assert min(qualities) == 0
+    assert max(qualities) == 1000
+
+
+def test_symbol_check_is_of_the_symbols(codec: Codec, photo: Picture, reference: reference_decoder.Decoder) -> None:
+    """A file whose symbol check is wrong although all CRCs are right is an error of its own in both decoders."""
+    from calotype.errors import DriftError
+
+    data = codec.encode(Picture(photo.pixels[:32, :32].copy()), quality=30).data
+    still = container.read_still(data)
+    (payload,) = still.tiles
+    assert payload is not None
+    (value,) = struct.unpack_from("<I", payload)
+    wrong: Any = container.write_still(still.header, [struct.pack("<I", value ^ 1) + bytes(payload[4:])])
+    with pytest.raises(DriftError):
+        codec.decode(wrong)
+    with pytest.raises(reference_decoder.DamageError, match="symbol"):
+        reference.latent(reference_decoder.parse(wrong))
