@@ -21,7 +21,7 @@ from calotype.rate import QUALITY_STEPS, Target
 if TYPE_CHECKING:
     import torch
 
-    from calotype.picture import DecodeJob, PictureCoder, Stopwatch
+    from calotype.picture import Box, DecodeJob, PictureCoder, Stopwatch
 
 DEFAULT_MODEL = "hyperprior"
 DEFAULT_QUALITY = 60.0
@@ -185,8 +185,7 @@ class Codec:
                 if progress:
                     progress(1 - 0.7**trials)  # the number of trials is not known in advance
                 if target.kind == "psnr":
-                    still = container.read_still(data, max_pixels=area)
-                    value = psnr(picture.pixels, self._decode_pixels(still, _job(still, watch)))
+                    value = psnr(picture.pixels, self.decode(data, max_pixels=area).picture.pixels)
                     return value, (data, value)
                 return (len(data) * 8 / area if target.kind == "bpp" else float(len(data))), (data, None)
 
@@ -197,7 +196,7 @@ class Codec:
 
     def decode(
         self,
-        data: bytes,
+        data: bytes | memoryview,
         *,
         region: Region | None = None,
         scale: int = 1,
@@ -221,10 +220,14 @@ class Codec:
             raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
         watch = Stopwatch(self.coder.device)
         with watch("parse"):
-            still = container.read_still(data, max_pixels=max_pixels, partial=allow_partial)
-        codec = self._for(still.header)
-        job = _job(still, watch, allow_partial=allow_partial)
-        pixels = codec._decode_pixels(still, job, region, scale, progress)
+            header = container.read_header(data, max_pixels=max_pixels)
+            area = _area(header, region)
+            job = _job(header, watch, allow_partial=allow_partial)
+            wanted = None if region is None else self._for(header).coder.tiles_for(job, area)
+            still = container.read_still(data, max_pixels=max_pixels, partial=allow_partial, wanted=wanted)
+            job.payload = still.tiles.__getitem__
+            codec = self._for(header)
+        pixels = codec._pixels(job, header, area, scale, progress)
         alpha = None
         if still.alpha is not None:
             with watch("alpha"):
@@ -244,23 +247,10 @@ class Codec:
             )
         return Codec.load(name, device=str(self.coder.device))
 
-    def _decode_pixels(
-        self,
-        still: Still,
-        job: DecodeJob,
-        region: Region | None = None,
-        scale: int = 1,
-        progress: Progress | None = None,
+    def _pixels(
+        self, job: DecodeJob, header: Header, area: Box, scale: int = 1, progress: Progress | None = None
     ) -> npt.NDArray[np.uint8]:
-        from calotype.picture import Box
-
-        header = still.header
-        x, y, width, height = region or (0, 0, header.width, header.height)
-        if min(x, y) < 0 or min(width, height) < 1 or x + width > header.width or y + height > header.height:
-            raise InputError(
-                f"region {x},{y},{width},{height} is not inside the picture of {header.width}x{header.height}"
-            )
-        pixels = self.coder.decode(job, Box(y, x, y + height, x + width), scale, progress)
+        pixels = self.coder.decode(job, area, scale, progress)
         if header.channels == 1:
             return np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8)
         return pixels
@@ -271,9 +261,10 @@ class Codec:
 
         still = container.read_still(data)
         parts: dict[int, list[bytes]] = {}
-        job = _job(still, Stopwatch(self.coder.device))
+        job = _job(still.header, Stopwatch(self.coder.device))
+        job.payload = still.tiles.__getitem__
         job.symbols_seen = lambda number, symbols: parts.setdefault(number, []).append(symbols)
-        self._for(still.header)._decode_pixels(still, job, scale=8)
+        self._for(still.header)._pixels(job, still.header, _area(still.header, None), scale=8)
         return symbol_digest(parts)
 
     def verify(self, data: bytes, *, deep: bool = False) -> None:
@@ -283,12 +274,21 @@ class Codec:
             self.symbol_hash(data)
 
 
-def _job(still: Still, watch: Stopwatch, *, allow_partial: bool = False) -> DecodeJob:
+def _job(header: Header, watch: Stopwatch, *, allow_partial: bool = False) -> DecodeJob:
     from calotype.picture import DecodeJob
 
-    header = still.header
     size = (header.height, header.width)
-    return DecodeJob(still.tiles.__getitem__, size, header.quality, header.tile, watch, allow_partial)
+    return DecodeJob(lambda number: None, size, header.quality, header.tile, watch, allow_partial)
+
+
+def _area(header: Header, region: Region | None) -> Box:
+    """The region as a box of pixels. Raises InputError unless it lies inside the picture."""
+    from calotype.picture import Box
+
+    x, y, width, height = region or (0, 0, header.width, header.height)
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > header.width or y + height > header.height:
+        raise InputError(f"region {x},{y},{width},{height} is not inside the picture of {header.width}x{header.height}")
+    return Box(y, x, y + height, x + width)
 
 
 def _crop_alpha(still: Still, region: Region | None, scale: int) -> npt.NDArray[np.uint8]:
@@ -326,7 +326,7 @@ def encode(image: Any, *, model: str = DEFAULT_MODEL, device: str = "auto", **op
     return Codec.load(model, device=device).encode(as_picture(image), **options).data
 
 
-def decode(data: bytes, *, device: str = "auto", **options: Any) -> npt.NDArray[np.uint8]:
+def decode(data: bytes | memoryview, *, device: str = "auto", **options: Any) -> npt.NDArray[np.uint8]:
     """Decode to [H, W, C] uint8, alpha as the last channel if there is one; options as `Codec.decode`."""
     header = container.read_header(data)
     name = zoo.name_of(header.weights) or DEFAULT_MODEL

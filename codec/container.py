@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -171,8 +171,8 @@ def write_still(
     return b"".join(parts)
 
 
-def read_header(data: bytes | memoryview) -> Header:
-    """Check magic and header chunk. Raises FormatError, TruncatedError, ChecksumError."""
+def read_header(data: bytes | memoryview, *, max_pixels: int | None = None) -> Header:
+    """Check magic and header chunk. Raises FormatError, TruncatedError, ChecksumError, LimitError."""
     view = memoryview(data)
     if bytes(view[: len(MAGIC)]) != MAGIC[: len(view)] or not len(view):
         raise FormatError("this is not a Calotype file (wrong magic bytes)")
@@ -183,7 +183,12 @@ def read_header(data: bytes | memoryview) -> Header:
         raise FormatError("the header chunk is missing: the file is damaged")
     if not first.crc_ok:
         raise ChecksumError("the header's checksum is wrong: the file is damaged")
-    return Header.unpack(bytes(first.payload))
+    header = Header.unpack(bytes(first.payload))
+    if max_pixels is not None and header.width * header.height > max_pixels:
+        raise LimitError(
+            f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: raise max_pixels to decode it"
+        )
+    return header
 
 
 def _read_chunk(view: memoryview, offset: int) -> Chunk:
@@ -220,22 +225,26 @@ def chunks(data: bytes) -> list[ChunkInfo]:
     return found
 
 
-def read_still(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS, partial: bool = False) -> Still:
-    """Parse a file and check every CRC.
+def read_still(
+    data: bytes | memoryview,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    partial: bool = False,
+    wanted: Collection[int] | None = None,
+) -> Still:
+    """Parse a file and check the CRC of all that is read.
 
-    With `partial`, damage outside the header is collected in `Still.damage` instead of raised.
+    With `partial`, damage outside the header is collected in `Still.damage` instead of raised. With `wanted`, only
+    these tiles are read and checked, the others are None; the tile table leads to them.
     Raises FormatError and its kinds, LimitError.
     """
-    header = read_header(data)
-    if header.width * header.height > max_pixels:
-        raise LimitError(
-            f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: raise max_pixels to decode it"
-        )
+    header = read_header(data, max_pixels=max_pixels)
     view = memoryview(data)
     tiles: list[memoryview | None] = []
     boxes: dict[str, bytes] = {}
     alpha: bytes | None = None
     damage: list[FormatError] = []
+    seen: set[bytes] = set()
     names = {code: key for key, code in BOXES.items()}
 
     def report(error: FormatError) -> None:
@@ -258,14 +267,20 @@ def read_still(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS
         elif not chunk.crc_ok:
             report(ChecksumError(f"the chunk at byte {chunk.offset} is damaged (checksum)"))
         elif chunk.name == TABLE:
-            tiles = _tiles_by_table(view, offset, chunk.payload, header, report)
+            tiles = _tiles_by_table(view, offset, chunk.payload, header, report, wanted)
             break
+        elif chunk.name in seen:
+            report(FormatError(f"the chunk {chunk.name.decode('latin-1')} is there twice: the file is damaged"))
         elif chunk.name == ALPHA:
             alpha = bytes(chunk.payload)
         elif chunk.name in names:
-            boxes[names[chunk.name]] = _inflate(bytes(chunk.payload))
+            try:
+                boxes[names[chunk.name]] = _inflate(bytes(chunk.payload))
+            except FormatError as error:
+                report(error)
         elif chunk.name[:1].isupper():
             report(FormatError(f"unknown critical chunk {chunk.name.decode('latin-1')!r}: use a newer Calotype"))
+        seen.add(chunk.name)
     if len(tiles) < header.tiles:
         report(TruncatedError(f"{header.tiles - len(tiles)} of {header.tiles} tiles are missing"))
         tiles += [None] * (header.tiles - len(tiles))
@@ -276,7 +291,12 @@ def read_still(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS
 
 
 def _tiles_by_table(
-    view: memoryview, offset: int, table: memoryview, header: Header, report: _Report
+    view: memoryview,
+    offset: int,
+    table: memoryview,
+    header: Header,
+    report: _Report,
+    wanted: Collection[int] | None,
 ) -> list[memoryview | None]:
     """Tiles at the places that the table gives: a damaged chunk header does not lose the tiles behind it."""
     if len(table) != 4 * header.tiles:
@@ -284,8 +304,12 @@ def _tiles_by_table(
     tiles: list[memoryview | None] = []
     for number, length in enumerate(struct.unpack(f"<{header.tiles}I", table)):
         tile = None
+        start, offset = offset, offset + _CHUNK.size + length + _CRC.size
+        if wanted is not None and number not in wanted:
+            tiles.append(None)
+            continue
         try:
-            chunk = _read_chunk(view[: offset + _CHUNK.size + length + _CRC.size], offset)
+            chunk = _read_chunk(view[:offset], start)
             if chunk.name == TILE and chunk.crc_ok and len(chunk.payload) == length:
                 tile = chunk.payload
             else:
@@ -293,7 +317,6 @@ def _tiles_by_table(
         except TruncatedError:
             report(TruncatedError(f"the file ends before the end of tile {number}"))
         tiles.append(tile)
-        offset += _CHUNK.size + length + _CRC.size
     return tiles
 
 

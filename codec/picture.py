@@ -241,9 +241,7 @@ class PictureCoder:
 
         Only tiles that the area and its halo touch are asked of `job.payload`.
         """
-        rows, columns = job.latent_shape
-        needed = Box(area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE))
-        canvas_box = needed.grown(self.network.halo, rows, columns)
+        needed, canvas_box = self._boxes(job, area)
         tiles = job.tiles_touching(canvas_box)
         canvas = torch.zeros(1, self.network.config.latent, *canvas_box.shape)
         lost: list[Box] = []
@@ -264,6 +262,15 @@ class PictureCoder:
                 progress(0.5 * done / len(tiles))
         _conceal(canvas, lost)
         return self._synthesise(canvas, canvas_box, needed, job, area, scale, progress)
+
+    def _boxes(self, job: DecodeJob, area: Box) -> tuple[Box, Box]:
+        """Latent positions under `area` (pixels), without and with the halo of the synthesis."""
+        needed = Box(area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE))
+        return needed, needed.grown(self.network.halo, *job.latent_shape)
+
+    def tiles_for(self, job: DecodeJob, area: Box) -> set[int]:
+        """Numbers of the tiles that decoding `area` (pixels) reads."""
+        return {number for number, _ in job.tiles_touching(self._boxes(job, area)[1])}
 
     def _decode_tiles(self, job: DecodeJob, tiles: Sequence[tuple[int, Box]]) -> list[Tensor | None]:
         """Latents [M, h, w] in 1/64 steps of equal tiles (number, box); None for one that cannot be decoded."""

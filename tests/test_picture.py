@@ -1,0 +1,327 @@
+"""Any picture goes in and comes back: shapes, tiles, regions, scales, halos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from calotype import container
+from calotype.api import Codec, decode, encode, psnr
+from calotype.errors import InputError
+from calotype.media import Picture
+from calotype.models.hyperprior import STRIDE
+from calotype.picture import Box, grid
+
+Make = Callable[..., Picture]
+Pixels = npt.NDArray[np.uint8]
+
+
+def difference(a: Pixels, b: Pixels) -> int:
+    """Largest difference of two pictures of one shape."""
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b).max())
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [256, 1024])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(1, 1), (1, 600), (600, 1), (7, 13), (16, 16), (15, 17), (65, 127), (256, 256), (257, 255)],
+)
+def test_any_shape(codec: Codec, synthetic: Make, height: int, width: int, channels: int, tile: int) -> None:
+    picture = synthetic(height, width, channels)
+    data = codec.encode(picture, quality=70, tile=tile).data
+    decoded = codec.decode(data).picture
+    assert decoded.pixels.shape == (height, width, channels)
+    assert decoded.pixels.dtype == np.uint8
+    assert decoded.alpha is None
+    assert psnr(picture.pixels, decoded.pixels) > 27
+    info = container.probe(data)
+    assert (info.width, info.height, info.channels) == (width, height, channels)
+
+
+def test_photo_keeps_its_quality(codec: Codec, photo: Picture) -> None:
+    """Better quality costs more and shows less error, over the whole range."""
+    made = [codec.encode(photo, quality=q, metadata=()) for q in (0, 25, 50, 75, 100)]
+    sizes = [len(e.data) for e in made]
+    errors = [psnr(photo.pixels, codec.decode(e.data).picture.pixels) for e in made]
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors)
+    assert sizes[-1] > 8 * sizes[0]
+    assert errors[0] > 22
+    assert errors[-1] > 36
+    raw = photo.pixels.size
+    assert sizes[2] < raw / 15
+
+
+def test_reported_numbers_are_those_of_the_file(codec: Codec, photo: Picture) -> None:
+    made = codec.encode(photo, quality=33.3)
+    assert made.quality == pytest.approx(33.3)
+    assert container.read_header(made.data).quality == 333
+    assert made.bpp == len(made.data) * 8 / (photo.width * photo.height)
+    assert made.psnr is None
+    assert {"transform", "prior", "entropy"} <= set(made.seconds)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_alpha_is_lossless(codec: Codec, synthetic: Make, channels: int) -> None:
+    picture = synthetic(37, 50, channels, alpha=True)
+    decoded = codec.decode(codec.encode(picture, quality=30).data).picture
+    assert picture.alpha is not None
+    assert decoded.alpha is not None
+    assert (decoded.alpha == picture.alpha).all()
+    assert decoded.pixels.shape == picture.pixels.shape
+
+
+def test_encoding_is_repeatable(codec: Codec, photo: Picture) -> None:
+    assert codec.encode(photo, quality=40).data == codec.encode(photo, quality=40).data
+
+
+def test_plain_functions_take_arrays_and_pillow_images(codec: Codec, synthetic: Make) -> None:
+    picture = synthetic(30, 44, alpha=True)
+    assert picture.alpha is not None
+    rgb, gray = picture.pixels, picture.pixels[:, :, 0]
+    rgba = np.dstack([rgb, picture.alpha])
+    expected = codec.encode(Picture(rgb), quality=50).data
+    assert encode(rgb, quality=50, device="cpu") == expected
+    assert encode(Image.fromarray(rgb), quality=50, device="cpu") == expected
+    assert decode(expected, device="cpu").shape == (30, 44, 3)
+    assert decode(encode(gray, device="cpu"), device="cpu").shape == (30, 44, 1)
+    back = decode(encode(rgba, device="cpu"), device="cpu")
+    assert (back[:, :, 3] == picture.alpha).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": -0.1},
+        {"quality": 100.1},
+        {"quality": float("nan")},
+        {"tile": 255},
+        {"tile": 8192},
+        {"metadata": ["x"]},
+    ],
+)
+def test_bad_options_are_refused(codec: Codec, synthetic: Make, options: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        codec.encode(synthetic(8, 8), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_bad_pixels_are_refused(pixels: Pixels) -> None:
+    with pytest.raises(InputError):
+        Picture(pixels)
+
+
+# Tiles, regions, scales -----------------------------------------------------------------------------------------------
+
+
+def test_tiles_cost_little_and_show_no_seams(codec: Codec, large_photo: Picture) -> None:
+    whole, tiled = (codec.encode(large_photo, quality=50, tile=tile) for tile in (1024, 256))
+    assert container.probe(tiled.data).tiles == 6
+    assert len(tiled.data) < 1.08 * len(whole.data)
+    a, b = (codec.decode(e.data).picture.pixels for e in (whole, tiled))
+    original = large_photo.pixels
+    assert abs(psnr(original, a) - psnr(original, b)) < 0.15
+    errors = np.square(b.astype(float) - original).mean(2)
+    seams = errors[[255, 256]].mean() + errors[:, [255, 256, 511, 512]].mean()
+    # The same rows and columns of the untiled picture are the measure: contents differ from place to place.
+    plain = np.square(a.astype(float) - original).mean(2)
+    assert seams < 1.35 * (plain[[255, 256]].mean() + plain[:, [255, 256, 511, 512]].mean())
+
+
+def test_batch_of_tiles_gives_the_same_file(codec: Codec, synthetic: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = synthetic(520, 520)
+    one = codec.encode(picture, quality=40, tile=256).data
+    monkeypatch.setattr(codec.coder, "batch", 3)
+    assert codec.encode(picture, quality=40, tile=256).data == one
+
+
+@pytest.fixture(scope="module")
+def tiled(codec: Codec, synthetic: Make) -> tuple[bytes, Pixels]:
+    """A file of 3 x 3 tiles, and its pixels."""
+    data = codec.encode(synthetic(600, 700), quality=55, tile=256).data
+    return data, codec.decode(data).picture.pixels
+
+
+@pytest.mark.parametrize(
+    "region",
+    [(0, 0, 700, 600), (0, 0, 1, 1), (699, 599, 1, 1), (250, 250, 13, 11), (17, 301, 400, 5), (512, 0, 188, 600)],
+)
+def test_region_equals_the_crop(codec: Codec, tiled: tuple[bytes, Pixels], region: tuple[int, int, int, int]) -> None:
+    data, full = tiled
+    x, y, width, height = region
+    part = codec.decode(data, region=region).picture.pixels
+    assert difference(part, full[y : y + height, x : x + width]) <= 1
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("region", [None, (100, 40, 300, 250), (511, 255, 3, 3)])
+def test_scaled_region_equals_the_crop_of_the_scaled_picture(
+    codec: Codec, tiled: tuple[bytes, Pixels], region: tuple[int, int, int, int] | None, scale: int
+) -> None:
+    data, _ = tiled
+    full = codec.decode(data, scale=scale).picture.pixels
+    x, y, width, height = region or (0, 0, 700, 600)
+    part = codec.decode(data, region=region, scale=scale).picture.pixels
+    rows = slice(y // scale, -(-(y + height) // scale))
+    columns = slice(x // scale, -(-(x + width) // scale))
+    assert difference(part, full[rows, columns]) <= 1
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(96, 128), (77, 131)])
+def test_scaled_picture_is_the_mean(codec: Codec, synthetic: Make, height: int, width: int, scale: int) -> None:
+    data = codec.encode(synthetic(height, width), quality=50).data
+    full = codec.decode(data).picture.pixels
+    small = codec.decode(data, scale=scale).picture.pixels
+    assert small.shape == (-(-height // scale), -(-width // scale), 3)
+    rows, columns = height // scale, width // scale  # the rest reaches beyond the picture
+    blocks = full[: rows * scale, : columns * scale].reshape(rows, scale, columns, scale, 3)
+    assert np.abs(small[:rows, :columns] - blocks.mean((1, 3))).max() <= 1.01
+
+
+def test_scaled_region_of_alpha(codec: Codec, synthetic: Make) -> None:
+    picture = synthetic(61, 83, alpha=True)
+    assert picture.alpha is not None
+    data = codec.encode(picture, quality=20).data
+    part = codec.decode(data, region=(7, 9, 40, 30)).picture.alpha
+    assert part is not None
+    assert (part == picture.alpha[9:39, 7:47]).all()
+    for scale in (2, 4, 8):
+        decoded = codec.decode(data, scale=scale, region=(8, 16, 48, 32)).picture
+        assert decoded.alpha is not None
+        assert decoded.alpha.shape == decoded.pixels.shape[:2]
+        expected = picture.alpha[16:48, 8:56].reshape(32 // scale, scale, 48 // scale, scale).mean((1, 3))
+        assert np.abs(decoded.alpha - expected).max() <= 0.51
+        odd = codec.decode(data, scale=scale).picture
+        assert odd.alpha is not None
+        assert odd.alpha.shape == odd.pixels.shape[:2]
+
+
+@pytest.mark.parametrize(
+    "region", [(-1, 0, 5, 5), (0, 0, 0, 5), (0, 0, 701, 5), (0, 596, 5, 5), (2**40, 0, 1, 1), (5, 5, -1, 2)]
+)
+def test_region_outside_is_refused(
+    codec: Codec, tiled: tuple[bytes, Pixels], region: tuple[int, int, int, int]
+) -> None:
+    with pytest.raises(InputError, match="region"):
+        codec.decode(tiled[0], region=region)
+
+
+@pytest.mark.parametrize("scale", [0, 3, 16, -1])
+def test_unknown_scale_is_refused(codec: Codec, tiled: tuple[bytes, Pixels], scale: int) -> None:
+    with pytest.raises(InputError, match="scale"):
+        codec.decode(tiled[0], scale=scale)
+
+
+def test_region_reads_only_the_tiles_it_needs(codec: Codec, tiled: tuple[bytes, Pixels]) -> None:
+    """With every other tile destroyed, a region deep inside one tile still decodes; its neighbour's border does not."""
+    data, full = tiled
+    still = container.read_still(data)
+    payloads = [bytes(t) if t is not None and n == 4 else b"" for n, t in enumerate(still.tiles)]
+    broken = container.write_still(still.header, payloads)
+    margin = codec.coder.network.halo * STRIDE
+    inside = (256 + margin, 256 + margin, 256 - 2 * margin, 256 - 2 * margin)
+    part = codec.decode(broken, region=inside, allow_partial=True)
+    assert part.damaged == ()
+    x, y, width, height = inside
+    assert difference(part.picture.pixels, full[y : y + height, x : x + width]) <= 1
+    wider = codec.decode(broken, region=(x - 1, y, width, height), allow_partial=True)
+    assert wider.damaged == (3,)
+
+
+# Windows and halos ----------------------------------------------------------------------------------------------------
+
+
+def test_small_windows_decode_to_the_same_pixels(codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = codec.encode(photo, quality=60).data
+    whole = {scale: codec.decode(data, scale=scale).picture.pixels for scale in (1, 4)}
+    for window in (3, 8):
+        monkeypatch.setattr("calotype.picture.WINDOW", window)
+        for scale, pixels in whole.items():
+            assert difference(codec.decode(data, scale=scale).picture.pixels, pixels) <= 1
+    # The halo is what makes it so.
+    monkeypatch.setattr(type(codec.coder.network), "halo", 0)
+    assert difference(codec.decode(data).picture.pixels, whole[1]) > 1
+
+
+def test_small_windows_encode_the_same_symbols(codec: Codec, synthetic: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to rounding: a latent that lies at the edge of two symbols may fall either way."""
+    picture = synthetic(250, 330)
+    whole = codec.encode(picture, quality=60).data
+    expected = codec.decode(whole).picture.pixels
+
+    def changed() -> float:
+        data = codec.encode(picture, quality=60).data
+        assert abs(len(data) - len(whole)) < 0.02 * len(whole)
+        return float((codec.decode(data).picture.pixels != expected).mean())
+
+    monkeypatch.setattr("calotype.picture.WINDOW", 8)
+    kept = changed()
+    assert kept < 0.02
+    monkeypatch.setattr(type(codec.coder.network), "halo", 0)
+    assert changed() > 5 * max(kept, 0.001)
+
+
+def test_halo_covers_the_receptive_field(codec: Codec) -> None:
+    """A change at one latent position or pixel reaches no farther than the halo, and does reach its neighbours."""
+    network, side = codec.coder.network, 21
+    t, middle = torch.tensor([0.5]), side // 2
+    generator = torch.Generator().manual_seed(3)
+    with torch.inference_mode():
+        y = torch.randn(1, 320, side, side, generator=generator)
+        x = torch.rand(1, 3, side * STRIDE, side * STRIDE, generator=generator) - 0.5
+        changed_y, changed_x = y.clone(), x.clone()
+        changed_y[:, :, middle, middle] += 50
+        changed_x[:, :, middle * STRIDE : (middle + 1) * STRIDE, middle * STRIDE : (middle + 1) * STRIDE] += 50
+        pixels = (network.synthesise(changed_y, t) - network.synthesise(y, t)).abs().amax((0, 1))
+        latent = (network.analyse(changed_x, t) - network.analyse(x, t)).abs().amax((0, 1))
+    reached = pixels.unfold(0, STRIDE, STRIDE).unfold(1, STRIDE, STRIDE).amax((2, 3))
+    for influence in (reached, latent):
+        places = torch.nonzero(influence)
+        far = int((places - middle).abs().max())
+        assert 1 < far <= network.halo
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 50), st.integers(1, 50), st.integers(1, 20))
+def test_grid_covers_an_area_once(top: int, left: int, height: int, width: int, side: int) -> None:
+    area = Box(top, left, top + height, left + width)
+    count = np.zeros((100, 100), int)
+    for box in grid(area, side):
+        assert box.within(area) == box
+        assert box.top // side == (box.bottom - 1) // side
+        assert box.left // side == (box.right - 1) // side
+        count[box.slices] += 1
+    assert (count[area.slices] == 1).all()
+    assert count.sum() == height * width
+
+
+def test_progress_grows_to_one(codec: Codec, synthetic: Make) -> None:
+    seen: list[float] = []
+    data = codec.encode(synthetic(300, 520), quality=30, tile=256, progress=seen.append).data
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert len(seen) > 1
+    seen.clear()
+    codec.decode(data, progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1

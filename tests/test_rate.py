@@ -1,0 +1,206 @@
+"""Rate control, and rates: a file is as large as its symbols say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calotype import entropy
+from calotype.api import Codec, psnr
+from calotype.errors import TargetError
+from calotype.media import Picture
+from calotype.models import tables
+from calotype.rate import PSNR_TOLERANCE, QUALITY_STEPS, SIZE_TOLERANCE, Target, search
+
+Kind = Literal["size", "bpp", "psnr"]
+SIZE_LIKE: tuple[Kind, ...] = ("size", "bpp")
+
+
+def acceptable(kind: Kind, value: float, wanted: float) -> bool:
+    if kind == "psnr":
+        return abs(value - wanted) <= 0.1
+    return 0.97 * wanted <= value <= wanted
+
+
+def run(target: Target, values: list[float]) -> tuple[int | None, int]:
+    """(quality, number of trials) of a search over measured values; None for a `TargetError`."""
+    trials = []
+
+    def trial(quality: int) -> tuple[float, str]:
+        assert 0 <= quality <= QUALITY_STEPS
+        trials.append(quality)
+        return values[quality], f"file {quality}"
+
+    try:
+        quality, result = search(target, trial)
+    except TargetError as error:
+        assert error.exit_code == 7
+        assert "out of reach" in str(error)
+        quality = None
+    else:
+        assert result == f"file {quality}"  # the result returned is that of the quality returned
+    assert len(trials) == len(set(trials))  # nothing is encoded twice
+    return quality, len(trials)
+
+
+@st.composite
+def rising(draw: st.DrawFn) -> list[float]:
+    """1001 values that never fall: steep and flat parts, jumps, plateaus."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    steps = rng.random(QUALITY_STEPS + 1) ** draw(st.sampled_from([1, 3, 20])) * draw(st.floats(1e-4, 0.05))
+    if draw(st.booleans()):
+        steps[rng.integers(0, QUALITY_STEPS, 500)] = 0
+    if draw(st.booleans()):
+        steps[rng.integers(0, QUALITY_STEPS, 3)] += 0.4
+    values: list[float] = (draw(st.floats(0.01, 1e5)) * np.exp(np.cumsum(steps))).tolist()
+    return values
+
+
+@settings(max_examples=200)
+@given(values=rising(), kind=st.sampled_from(["size", "bpp", "psnr"]), where=st.floats(-0.1, 1.1))
+def test_search_over_rising_values(values: list[float], kind: Kind, where: float) -> None:
+    """It succeeds exactly when some quality is acceptable, and then with an acceptable one, in few trials."""
+    low, high = math.log(values[0]), math.log(values[-1])
+    wanted = math.exp(low + where * (high - low))
+    quality, trials = run(Target(kind, wanted), values)
+    if quality is None:
+        assert not any(acceptable(kind, v, wanted) for v in values)
+    else:
+        assert acceptable(kind, values[quality], wanted)
+    assert trials <= 32
+
+
+@settings(max_examples=200)
+@given(values=rising(), kind=st.sampled_from(["size", "bpp", "psnr"]), where=st.floats(0, 1), noise=st.floats(0, 0.2))
+def test_search_over_noisy_values(values: list[float], kind: Kind, where: float, noise: float) -> None:
+    """Where the values do not grow steadily the search may give up, but never returns what was not asked for."""
+    rng = np.random.default_rng(len(values))
+    noisy = [v * (1 + noise * r) for v, r in zip(values, rng.standard_normal(len(values)), strict=True)]
+    wanted = values[0] + where * (values[-1] - values[0])
+    quality, trials = run(Target(kind, wanted), noisy)
+    assert quality is None or acceptable(kind, noisy[quality], wanted)
+    assert trials <= 32
+
+
+def test_search_is_quick_on_a_typical_curve() -> None:
+    """Every trial is a whole encoding."""
+    sizes = [2000 * math.exp(3.5 * q / 1000) for q in range(1001)]
+    counts = []
+    for wanted in np.geomspace(2100, 60000, 20):
+        quality, trials = run(Target("size", float(wanted)), sizes)
+        assert quality is not None
+        counts.append(trials)
+    assert np.mean(counts) < 8
+    assert max(counts) < 14
+
+
+def test_good_first_guess_needs_one_trial() -> None:
+    sizes = [2000 * math.exp(3.5 * q / 1000) for q in range(1001)]
+    assert run(Target("size", sizes[500] * 1.005), sizes) == (500, 1)
+
+
+@pytest.mark.parametrize("kind", ["size", "bpp", "psnr"])
+def test_ends_of_the_range(kind: Kind) -> None:
+    values = [20 + q / 50 for q in range(1001)]
+    assert run(Target(kind, 20.001), values)[0] is not None
+    assert run(Target(kind, 40), values)[0] is not None
+    assert run(Target(kind, 19.5), values)[0] is None
+    assert run(Target(kind, 60), values)[0] is None
+    assert run(Target(kind, 1e300), values)[0] is None
+    assert run(Target(kind, math.inf), values)[0] is None
+    # Even the worst is lossless: only a target of that kind could be met.
+    assert run(Target("psnr", 50), [math.inf] * 1001)[0] is None
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, -math.inf])
+def test_impossible_target_is_refused(value: float) -> None:
+    with pytest.raises(TargetError):
+        Target("bpp", value)
+
+
+def test_tolerances_are_those_promised() -> None:
+    assert SIZE_TOLERANCE == 0.03
+    assert PSNR_TOLERANCE == 0.1
+
+
+# Real encodings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(photo: Picture) -> Picture:
+    """The photograph without metadata, smaller."""
+    return Picture(np.ascontiguousarray(photo.pixels[40:240, 60:380]))
+
+
+@pytest.mark.parametrize("kind", SIZE_LIKE)
+@pytest.mark.parametrize("bpp", [0.4, 1.1])
+def test_encoding_to_a_size(codec: Codec, bare: Picture, kind: Kind, bpp: float) -> None:
+    area = bare.width * bare.height
+    seen: list[float] = []
+    wanted = bpp if kind == "bpp" else float(int(bpp * area / 8))
+    made = codec.encode(bare, target=Target(kind, wanted), progress=seen.append)
+    reached = len(made.data) * 8 / area if kind == "bpp" else float(len(made.data))
+    assert acceptable(kind, reached, wanted)
+    assert made.data == codec.encode(bare, quality=made.quality).data
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("wanted", [30.0, 34.5])
+def test_encoding_to_a_psnr(codec: Codec, bare: Picture, wanted: float) -> None:
+    made = codec.encode(bare, target=Target("psnr", wanted))
+    reached = psnr(bare.pixels, codec.decode(made.data).picture.pixels)
+    assert abs(reached - wanted) <= 0.1
+    assert made.psnr == pytest.approx(reached, abs=0.01)
+
+
+def test_size_target_counts_the_whole_file(codec: Codec, bare: Picture) -> None:
+    """Metadata and alpha are part of it."""
+    rng = np.random.default_rng(0)
+    heavy = Picture(bare.pixels, None, icc=rng.bytes(3000))
+    made = codec.encode(heavy, target=Target("size", 9000))
+    assert 8730 <= len(made.data) <= 9000
+
+
+@pytest.mark.parametrize("target", [Target("size", 70), Target("bpp", 40), Target("psnr", 15), Target("psnr", 90)])
+def test_unreachable_target_is_its_own_error(codec: Codec, synthetic: Callable[..., Picture], target: Target) -> None:
+    with pytest.raises(TargetError, match="out of reach"):
+        codec.encode(synthetic(64, 80), target=target)
+
+
+@pytest.mark.parametrize("quality", [30, 60, 85])
+def test_estimated_bits_are_the_bytes_of_the_file(
+    codec: Codec, large_photo: Picture, monkeypatch: pytest.MonkeyPatch, quality: int
+) -> None:
+    """The information of the symbols under their tables against the size of the whole file."""
+    assert large_photo.width * large_photo.height >= 300_000
+    frequencies = tables.gaussian_frequencies().numpy().astype(np.float64)
+    bounds = np.cumsum([0, *(2 * tables.half_width(i) + 2 for i in range(tables.SCALES))])
+    bits, escapes = 0.0, 0
+
+    class Recording(entropy.Encoder):
+        def push(self, tables_: entropy.Tables, symbols: entropy.Symbols) -> None:
+            nonlocal bits, escapes
+            for index in np.unique(tables_[tables_ >= tables.SKIP]):
+                reach = tables.half_width(int(index))
+                group = symbols[tables_ == index]
+                inside = np.abs(group) <= reach
+                row = frequencies[bounds[index] : bounds[index + 1]] / 2**tables.PRECISION
+                bits -= np.log2(row[np.where(inside, group + reach, 2 * reach + 1)]).sum()
+                for over in np.abs(group[~inside]) - reach:
+                    escapes += 1
+                    bits += math.log2(18) + math.floor(math.log2(over)) + 1
+            super().push(tables_, symbols)
+
+    monkeypatch.setattr("calotype.picture.Encoder", Recording)
+    data = codec.encode(large_photo, quality=quality).data
+    assert len(data) > 61 + 1000
+    assert escapes < 500
+    assert (len(data) - 61) * 8 == pytest.approx(bits, rel=0.0005, abs=128)
+    assert len(data) * 8 == pytest.approx(bits, rel=0.005)
