@@ -208,10 +208,10 @@ class IntConv(nn.Module):
         else:
             acc = torch.matmul(self.weight, x.flatten(2)).view(batch, -1, height, width)
         bias = self.bias[t] if self.bias.shape[0] > 1 else self.bias
-        acc = (acc + bias[:, :, None, None]).double()
+        acc = acc.add_(bias[:, :, None, None]).double()
         if self.leaky:
-            acc = torch.where(acc < 0, acc * 0.125, acc)
-        out = torch.floor(acc.mul_(self.multiplier.double()[:, None, None]).add_(0.5))
+            acc = torch.maximum(acc, acc * 0.125)
+        out = acc.mul_(self.multiplier.double()[:, None, None]).add_(0.5).floor_()
         return (out if self.head else out.clamp_(-LIMIT, LIMIT)).float()
 
 

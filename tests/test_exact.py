@@ -181,7 +181,7 @@ def test_integerise_replaces_every_layer_and_leaves_the_original() -> None:
 
 # The whole path ---------------------------------------------------------------------------------------------------
 
-ARITHMETIC = "abs add add_ addcmul_ clamp clamp_ eq floor lt matmul mul mul_ remainder sign where"
+ARITHMETIC = "abs add add_ addcmul_ clamp clamp_ eq floor lt matmul mul mul_ remainder sign where floor_ maximum"
 MOVES = (
     "_to_copy arange cat chunk flatten index index_put_ ones pad pixel_shuffle select slice to unsqueeze view zeros "
     "zeros_like"

@@ -1,0 +1,320 @@
+"""Training: a few real steps on the CPU, a run that is interrupted and goes on, and weights that code at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import synthesise
+from PIL import Image
+from pydantic import ValidationError
+
+from calotype import container
+from calotype.api import Codec
+from calotype.media import Picture
+from calotype.models import zoo
+from calotype.models.exact import IntConv, QuantConv
+from calotype.models.hyperprior import Hyperprior
+from calotype.models.quantizers import base_step, lagrangian
+from calotype.models.training import trainer as training
+from calotype.models.training.data import RandomCrops, find_photos, load_rgb
+from calotype.models.training.export import export_weights
+from calotype.models.training.optim import Muon, build_optimizers, orthogonalise
+from calotype.models.training.recipe import Recipe, load_recipe
+from calotype.models.training.trainer import CHECKPOINT, Trainer, loss_per_sample
+from calotype.picture import PictureCoder
+
+RECIPES = Path(training.__file__).parent / "recipes"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for number, name in enumerate(("a.png", "b.jpg", "more/c.png")):
+        Image.fromarray(synthesise(140, 160, seed=number)).save(folder / name)
+    Image.fromarray(synthesise(30, 300)).save(folder / "small.png")
+    (folder / "notes.txt").write_text("not a photograph")
+    return folder
+
+
+def recipe(photos: Path, output: Path, *overrides: str) -> Recipe:
+    return load_recipe(
+        RECIPES / "hyperprior.yaml",
+        [
+            f"train={photos}", f"validation={photos}", f"output={output}", "steps=3", "decay_steps=1", "batch=2",
+            "crop=64", "log_every=3", "validation_photos=1", "warmup_steps=2", *overrides,
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(photos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A run of three steps in bfloat16."""
+    output = tmp_path_factory.mktemp("run")
+    trainer = Trainer(recipe(photos_folder, output), CPU, resume=False)
+    assert trainer.recipe.bf16
+    result = trainer.run()
+    assert math.isfinite(result.loss)
+    assert len(result.points) == 6
+    assert all(bpp > 0 and math.isfinite(psnr) for bpp, psnr in result.points)
+    return trainer, output
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_steps_are_logged_and_finite(finished: tuple[Trainer, Path]) -> None:
+    log = log_of(finished[1])
+    steps = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [3]
+    assert all(math.isfinite(entry[key]) for entry in steps for key in ("loss", "bpp", "psnr"))
+    assert "validation" in log[-1]
+
+
+def test_steps_change_every_parameter(finished: tuple[Trainer, Path]) -> None:
+    """Gradients reach all of the network, through the rounding and the integer layers too."""
+    trainer, _ = finished
+    torch.manual_seed(trainer.recipe.seed)
+    fresh = dict(zoo.architecture("hyperprior").named_parameters())
+    unchanged = [n for n, p in trainer.model.named_parameters() if torch.equal(p, fresh[n])]
+    assert unchanged in ([], ["prior.hyper_first.weight"])  # which sees zeros only
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+
+
+def test_average_lags_behind_the_parameters(finished: tuple[Trainer, Path]) -> None:
+    trainer, _ = finished
+    own = dict(trainer.model.named_parameters())
+    assert any(not torch.equal(value, own[name]) for name, value in trainer.ema.items())
+
+
+def test_resumed_run_goes_on(finished: tuple[Trainer, Path], photos_folder: Path, tmp_path: Path) -> None:
+    trainer, output = finished
+    shutil.copytree(output, tmp_path / "run")
+    resumed = Trainer(recipe(photos_folder, tmp_path / "run", "steps=6"), CPU, resume=True)
+    assert resumed.step == 3
+    assert resumed.seconds == pytest.approx(trainer.seconds)
+    for (name, a), b in zip(trainer.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(trainer.ema[name], resumed.ema[name]), name
+    for a, b in zip(trainer.optimizers, resumed.optimizers, strict=True):
+        assert a.state_dict()["state"].keys() == b.state_dict()["state"].keys()
+        assert len(b.state_dict()["state"]) > 0
+    resumed.run()
+    assert [e["step"] for e in log_of(tmp_path / "run") if "loss" in e] == [3, 6]
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["step"] == 6
+
+
+def test_without_resume_a_run_starts_anew(finished: tuple[Trainer, Path], photos_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished[1], tmp_path / "run")
+    assert Trainer(recipe(photos_folder, tmp_path / "run"), CPU, resume=False).step == 0
+
+
+def test_interrupted_checkpoint_leaves_the_old_one(
+    finished: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, output = finished
+    before = (output / CHECKPOINT).read_bytes()
+
+    def fail(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    assert (output / CHECKPOINT).read_bytes() == before
+
+
+def test_exported_weights_code_pictures(
+    finished: tuple[Trainer, Path], photo: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkpoint to a codec: what was trained is what codes."""
+    trainer, output = finished
+    shutil.copy(zoo.WEIGHTS / "index.json", tmp_path)
+    path = export_weights(output / CHECKPOINT, "hyperprior", tmp_path)
+    assert path.stat().st_size < 16 * 2**20
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    zoo._index.cache_clear()
+    try:
+        spec = zoo.describe("hyperprior")
+        network = zoo.load.__wrapped__("hyperprior")
+    finally:
+        zoo._index.cache_clear()
+    codec = Codec(PictureCoder(network, CPU), spec)
+    crop = Picture(np.ascontiguousarray(photo.pixels[:70, :90]))
+    data = codec.encode(crop, quality=50).data
+    assert container.read_header(data).weights == bytes.fromhex(spec.sha256[:16])
+    decoded = codec.decode(data).picture.pixels
+    # Even three steps from the start it is a transform codec, which keeps the picture.
+    assert np.abs(decoded.astype(int) - crop.pixels).mean() < 12
+    averaged = Hyperprior()
+    averaged.load_state_dict(trainer.ema, strict=False)
+    layer = averaged.prior.get_submodule("contexts.3.mix")
+    shipped = network.prior.get_submodule("contexts.3.mix")
+    assert isinstance(layer, QuantConv)
+    assert isinstance(shipped, IntConv)
+    assert torch.equal(layer.export().weight, shipped.weight)
+
+
+def test_start_from_takes_over_parameters(finished: tuple[Trainer, Path], photos_folder: Path, tmp_path: Path) -> None:
+    trainer, output = finished
+    started = Trainer(recipe(photos_folder, tmp_path, f"start_from={output / CHECKPOINT}"), CPU, resume=False)
+    assert started.step == 0
+    for name, parameter in started.model.named_parameters():
+        assert torch.equal(parameter, trainer.ema[name]), name
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_is_as_the_recipe_says(
+    photos_folder: Path, tmp_path: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(recipe(photos_folder, tmp_path, "steps=1", f"bf16={bf16}"), CPU, resume=False)
+    seen: set[torch.dtype] = set()
+    model = trainer.model
+    assert isinstance(model, Hyperprior)
+    handle = model.enc_in.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer._train_step(model)
+    handle.remove()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_diverging_run_stops_before_it_replaces_a_checkpoint(
+    photos_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(recipe(photos_folder, tmp_path, "steps=9", "log_every=2"), CPU, resume=False)
+    losses = iter([1.0, 1.1, 0.9, 1.0, 0.9, 2.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(trainer, "_train_step", lambda forward: (next(losses), 0.5, 0.01))
+    with pytest.raises(training.TrainingDivergedError, match="step 6"):
+        trainer.run()
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_shipped_recipe_is_valid(photos_folder: Path, tmp_path: Path) -> None:
+    found = sorted(RECIPES.glob("*.yaml"))
+    assert [p.stem for p in found] == zoo.names()
+    for path in found:
+        made = load_recipe(path, [f"train={photos_folder}", f"validation={photos_folder}", f"output={tmp_path}"])
+        assert made.bf16
+        assert made.model in zoo.ARCHITECTURES
+
+
+def test_overrides_replace_values(photos_folder: Path, tmp_path: Path) -> None:
+    made = recipe(photos_folder, tmp_path, "batch=5", "muon_lr=0.5", "bf16=false", "start_from=null", "seed = 9")
+    assert (made.batch, made.muon_lr, made.bf16, made.start_from, made.seed) == (5, 0.5, False, None, 9)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["bacth=4", "batch=0", "batch=many", "crop=100", "steps=-1", "ema_decay=1", "bf16=perhaps", "log_every=0"],
+)
+def test_wrong_settings_are_refused(photos_folder: Path, tmp_path: Path, override: str) -> None:
+    with pytest.raises(ValidationError, match=override.partition("=")[0]):
+        recipe(photos_folder, tmp_path, override)
+
+
+def test_malformed_recipes_are_refused(tmp_path: Path, photos_folder: Path) -> None:
+    with pytest.raises(ValueError, match="key=value"):
+        recipe(photos_folder, tmp_path, "batch")
+    path = tmp_path / "r.yaml"
+    path.write_text("- a list")
+    with pytest.raises(ValueError, match="not a recipe"):
+        load_recipe(path)
+    path.write_text(yaml.safe_dump({"model": "hyperprior"}))
+    with pytest.raises(ValidationError, match="train"):
+        load_recipe(path)
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_crops_come_from_photographs_that_are_large_enough(photos_folder: Path) -> None:
+    assert [p.name for p in find_photos(photos_folder)] == ["a.png", "b.jpg", "c.png", "small.png"]
+    crops = RandomCrops(photos_folder, batch=6, crop=128, seed=3)
+    batch = next(crops)
+    assert batch.shape == (6, 3, 128, 128)
+    assert batch.dtype == torch.uint8
+    photographs = [load_rgb(p) for p in find_photos(photos_folder)[:3]]
+    for crop in batch:
+        # Every crop is a piece of a photograph: its rarest pixels occur there.
+        values = crop.permute(1, 2, 0).reshape(-1, 3)[::997].numpy()
+        assert any((p.reshape(-1, 1, 3) == values[None]).all(2).any(0).all() for p in photographs)
+    again = RandomCrops(photos_folder, batch=6, crop=128, seed=3)
+    assert torch.equal(next(again), batch)
+    assert not torch.equal(next(RandomCrops(photos_folder, batch=6, crop=128, seed=4)), batch)
+    with pytest.raises(ValueError, match="pixels"):
+        RandomCrops(photos_folder, batch=1, crop=512, seed=0)
+
+
+def test_folder_without_photographs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no photographs"):
+        find_photos(tmp_path)
+
+
+def test_learning_rate_warms_up_stays_and_decays(photos_folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(
+        recipe(photos_folder, tmp_path, "steps=100", "warmup_steps=10", "decay_steps=20"), CPU, resume=False
+    )
+    rates = []
+    for step in range(100):
+        trainer.step = step
+        rates.append(trainer._learning_rate())
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[0] == pytest.approx(0.1)
+    assert set(rates[10:80]) == {1.0}
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert rates[-1] == pytest.approx(0.05)
+
+
+def test_muon_orthogonalises_matrices_only() -> None:
+    torch.manual_seed(0)
+    for shape in ((32, 80), (80, 32)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+    network = Hyperprior()
+    muon, adam = build_optimizers(network, muon_lr=0.1, adam_lr=0.2)
+    assert isinstance(muon, Muon)
+    assert isinstance(adam, torch.optim.AdamW)
+    count = sum(len(g["params"]) for o in (muon, adam) for g in o.param_groups)
+    assert count == len(list(network.parameters()))
+    assert all(p.ndim == 4 for g in muon.param_groups for p in g["params"])
+
+
+def test_rates_share_one_scale() -> None:
+    """λ rises with quality, the step falls, and the loss weighs all qualities about alike."""
+    t = torch.linspace(0, 1, 11)
+    assert (lagrangian(t).diff() > 0).all()
+    assert (base_step(t).diff() < 0).all()
+    assert lagrangian(t)[[0, -1]].tolist() == pytest.approx([0.0003, 0.24])
+    bpp, mse = torch.full((11,), 0.5), torch.full((11,), 1e-3)
+    expected = (0.5 + lagrangian(t) * 255**2 * 1e-3) / (4 * lagrangian(t) ** 0.33)
+    torch.testing.assert_close(loss_per_sample(bpp, mse, t, 0.33), expected)
+
+
+def test_training_and_coding_estimate_the_same_rate(codec: Codec, photo: Picture, tmp_path: Path) -> None:
+    """The rate that training steers by, with the shipped weights restored, against a real file."""
+    network = Hyperprior()
+    zoo.load_parameters(network, codec.spec.weights)
+    network.eval()
+    crop = Picture(np.ascontiguousarray(photo.pixels[:256, :384]))
+    x = torch.from_numpy(crop.pixels).permute(2, 0, 1)[None].float() / 255 - 0.5
+    for quality in (30, 70):
+        with torch.no_grad():
+            out = network(x, torch.tensor([quality / 100]))
+        estimated = float(out.latent_bits + out.hyper_bits)
+        data = codec.encode(crop, quality=quality).data
+        assert (len(data) - 61) * 8 == pytest.approx(estimated, rel=0.01)
