@@ -36,6 +36,12 @@ OUTPUT_SUFFIXES = {
 INPUT_SUFFIXES = frozenset(OUTPUT_SUFFIXES) - {".npy"}
 _INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "PPM")
 _ORIENTATION = 0x0112
+_EXIF = b"Exif\0\0"
+_LAYOUT_TAGS = frozenset(
+    {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347}
+    | {512, 513, 514, 519, 520, 521, 529, 530, 531, 532, 700, 34675}
+)
+"""TIFF tags of size, samples, compression and strips; 700 and 34675 hold XMP and the ICC profile, kept on their own."""
 
 
 @dataclass(frozen=True)
@@ -95,32 +101,32 @@ def read_picture(source: Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) 
                     f"{name} has {image.width}x{image.height} pixels, over the limit of {max_pixels}: raise max_pixels"
                 )
             return from_pillow(image)
+    except LimitError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{name} does not exist") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture of a known format ({', '.join(_INPUT_FORMATS)})") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    # What Pillow and its plugins raise for damaged files is not documented: anything may come.
+    except Exception as error:
         raise InputError(f"{name} cannot be read: {error}") from error
 
 
 def from_pillow(image: Image.Image) -> Picture:
     """Pixels, alpha and metadata of a Pillow image, upright."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # turns the pixels and takes the orientation out of EXIF and XMP
     icc = image.info.get("icc_profile")
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
     if isinstance(xmp, str):
         xmp = xmp.encode()
-    exif = image.getexif()
-    exif_bytes = image.info.get("exif")
-    if exif.get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-        del exif[_ORIENTATION]
-        exif_bytes = exif.tobytes()
-    elif exif_bytes is None and len(exif):
-        exif_bytes = exif.tobytes()
+    exif = image.info.get("exif") or _exif_of_tags(image)
+    if exif and not exif.startswith(_EXIF):
+        exif = _EXIF + exif  # formats differ in this; files of ours and JPEG have it
     has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = _to_8_bit(np.asarray(image))
-        return Picture(pixels[:, :, None], None, icc, exif_bytes, xmp)
+        return Picture(pixels[:, :, None], None, icc, exif, xmp)
     gray = image.mode in ("1", "L", "LA", "La")
     converted = image.convert(("LA" if gray else "RGBA") if has_alpha else ("L" if gray else "RGB"))
     array = np.asarray(converted)
@@ -133,7 +139,16 @@ def from_pillow(image: Image.Image) -> Picture:
             alpha = None
     if not gray and icc and image.mode == "CMYK":
         icc = None  # the profile described the inks, not the RGB that was made of them
-    return Picture(np.ascontiguousarray(array), alpha, icc or None, exif_bytes or None, xmp or None)
+    return Picture(np.ascontiguousarray(array), alpha, icc or None, exif or None, xmp or None)
+
+
+def _exif_of_tags(image: Image.Image) -> bytes | None:
+    """EXIF from tags that a format keeps elsewhere, as TIFF does, without those that describe the file's layout."""
+    exif = image.getexif()
+    for tag in list(exif):
+        if tag in _LAYOUT_TAGS:
+            del exif[tag]
+    return exif.tobytes() if len(exif) else None
 
 
 def _to_8_bit(samples: npt.NDArray[np.generic]) -> Pixels:

@@ -268,13 +268,13 @@ class Decoder:
             target[:, mask] = mean[:, mask] + unit * symbols.reshape(len(mean), -1)
 
         z = np.zeros((96, -(-height // 4), -(-width // 4)), np.int64)
-        for parity in (0, 1):
-            if parity == 0:
+        for colour in (0, 1):
+            if colour == 0:
                 nothing = np.zeros((1, *z.shape[1:]), np.int64)
                 mean, index = parameters(self.layer("prior.hyper_first", nothing, level, head=True))
             else:
                 mean, index = self.context("prior.hyper_second", None, z, level)
-            fill(z, mean, index, parity, 8)
+            fill(z, mean, index, colour, 8)
             np.clip(z, -127, 127, out=z)
         features = self.features(z, level, height, width)
         y = np.zeros((320, height, width), np.int64)

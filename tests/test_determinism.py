@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     base = Codec.load(device=job["device"])
     network = copy.deepcopy(base.coder.network)
     if job["plant"]:
-        network.prior.up_out = FloatConvolution(network.prior.up_out, 160)
+        network.prior.up_out = FloatConvolution(network.prior.up_out, 160)  # type: ignore[assignment]
     path = PathDigest(network)
     symbols: dict[str, str] = {}
     farthest = 0
@@ -265,6 +266,14 @@ def test_symbols_are_repeatable_and_depend_on_the_file(codec: Codec, cases: dict
     assert len({case.symbols for case in cases.values()}) == len(cases)
     for case in cases.values():
         assert codec.symbol_hash(case.data) == case.symbols
+
+
+def test_threads_share_a_codec(codec: Codec, cases: dict[str, Case]) -> None:
+    """Decoding several files at once in one process mixes nothing up."""
+    chosen = list(cases.values())[:6]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(codec.symbol_hash, [case.data for case in chosen * 2]))
+    assert found == [case.symbols for case in chosen * 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -283,7 +283,7 @@ def test_planted_float_operation_is_caught(codec: Codec, plant: str, layer: str)
 
 def test_non_integer_weights_are_caught(codec: Codec) -> None:
     network = copy.deepcopy(codec.coder.network)
-    network.prior.get_submodule("contexts.2.enter").weight.add_(0.25)  # type: ignore[operator, union-attr]
+    network.prior.get_submodule("contexts.2.enter").weight.add_(0.25)  # type: ignore[operator]
     with pytest.raises(NotExactError):
         decode_under_watch(network)
 

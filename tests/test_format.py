@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference_decoder
+import torch
 
 from calotype import container, entropy
 from calotype.api import Codec
@@ -108,9 +109,14 @@ def test_latents_are_equal(
 ) -> None:
     data = codec.encode(photo, quality=55, tile=256).data
     expected, _ = reference.latent(reference_decoder.parse(data))
-    seen = []
+    seen: list[torch.Tensor] = []
     original = codec.coder.network.dequantise
-    monkeypatch.setattr(codec.coder.network, "dequantise", lambda x: seen.append(x.clone()) or original(x))
+
+    def note(latent: torch.Tensor) -> torch.Tensor:
+        seen.append(latent.clone())
+        return original(latent)
+
+    monkeypatch.setattr(codec.coder.network, "dequantise", note)
     codec.decode(data)
     (latent,) = seen
     assert (latent[0].numpy() == expected).all()

@@ -214,6 +214,29 @@ def test_orientation_is_applied_and_forgotten(rgb: Pixels, orientation: int, for
     assert (again.pixels == picture.pixels).all()
 
 
+def tags(block: bytes | None) -> set[int]:
+    """The tags of an EXIF block's first directory."""
+    loaded = Image.Exif()
+    loaded.load(block or b"")
+    return set(loaded)
+
+
+def test_layout_of_a_tiff_is_not_metadata(rgb: Pixels) -> None:
+    """Its strips, sizes and compression describe the file, not the picture; its ICC profile is no EXIF."""
+    image = Image.fromarray(rgb)
+    assert not tags(read_picture(saved(image, "TIFF", compression="tiff_lzw", icc_profile=ICC)).exif)
+    assert tags(read_picture(saved(image, "TIFF", exif=exif())).exif) == {ARTIST}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_exif_block_has_one_form(rgb: Pixels, format: str) -> None:
+    """As in a JPEG file, whatever it came from."""
+    block = read_picture(saved(Image.fromarray(rgb), format, exif=exif())).exif
+    assert block is not None
+    assert block.startswith((b"Exif\0\0MM\0*", b"Exif\0\0II*\0"))
+    assert tags(block) == {ARTIST}
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 200])
 def test_unknown_orientation_is_ignored(rgb: Pixels, orientation: int) -> None:
     assert (read_picture(saved(Image.fromarray(rgb), "PNG", exif=exif(orientation=orientation))).pixels == rgb).all()
@@ -416,7 +439,7 @@ def test_new_file_has_the_permissions_of_the_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    ("failure", "expected"), [(OSError(28, "No space left"), InputError), (KeyboardInterrupt(), None)]
+    ("failure", "expected"), [(OSError(28, "No space left"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
 def test_failed_write_leaves_nothing(
     tmp_path: Path,

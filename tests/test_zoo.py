@@ -149,9 +149,10 @@ def test_weights_are_a_start_for_training(tmp_path: Path) -> None:
     for name, layer in first.named_modules():
         if isinstance(layer, IntConv):
             other = second.get_submodule(name)
+            assert isinstance(other, IntConv)
             assert torch.equal(layer.weight, other.weight), name
             # Biases between the knots were rounded twice.
-            assert (layer.bias - other.bias).abs().max() <= 2, name  # type: ignore[operator]
+            assert (layer.bias - other.bias).abs().max() <= 2, name
             torch.testing.assert_close(layer.multiplier, other.multiplier, rtol=1e-6, atol=0)
     for name, parameter in network.named_parameters():
         if not name.startswith("prior"):

@@ -80,7 +80,6 @@ class Trainer:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         torch.manual_seed(recipe.seed + self.rank)
-        torch.set_flush_denormal(True)
         self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.start_from is not None:
             load_parameters(self.model, recipe.start_from)
@@ -147,7 +146,14 @@ class Trainer:
         return warm * min(1.0, left)
 
     def run(self) -> Validation:
-        """Train to the last step; returns the validation of the averaged weights."""
+        """Train to the last step; returns the validation of the averaged weights. Raises TrainingDivergedError."""
+        torch.set_flush_denormal(True)  # tiny gradients would slow a CPU down several times
+        try:
+            return self._run()
+        finally:
+            torch.set_flush_denormal(False)
+
+    def _run(self) -> Validation:
         r = self.recipe
         forward: Callable[..., Any] = torch.compile(self.model) if r.compile else self.model
         if self.world > 1:
