@@ -161,7 +161,7 @@ class Trainer:
         bases = (r.muon_lr, r.adam_lr)
         started, base_seconds = time.monotonic(), self.seconds
         saved = started
-        sums, best = torch.zeros(3), math.inf
+        sums, counted, best = torch.zeros(3), 0, math.inf
         while self.step < r.steps:
             factor = self._learning_rate()
             for optimizer, base in zip(self.optimizers, bases, strict=True):
@@ -169,14 +169,16 @@ class Trainer:
                     group["lr"] = base * factor
             loss, bpp, mse = self._train_step(forward)
             sums += torch.tensor([loss, bpp, mse])
+            counted += 1
             self.step += 1
             self.seconds = base_seconds + time.monotonic() - started
             if self.step % r.log_every == 0:
-                loss, bpp, mse = (sums / r.log_every).tolist()
+                loss, bpp, mse = (sums / counted).tolist()
                 self._log(
                     loss=round(loss, 5), bpp=round(bpp, 4), psnr=round(-10 * math.log10(mse), 3), lr=round(factor, 4)
                 )
                 sums.zero_()
+                counted = 0
                 if not loss < DIVERGENCE * best:
                     raise TrainingDivergedError(
                         f"the loss rose to {loss:.3g} at step {self.step}: lower the learning rates and go on from "
