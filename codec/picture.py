@@ -212,7 +212,7 @@ class PictureCoder:
         bottom, right = box.shape[0] - x.shape[2], box.shape[1] - x.shape[3]
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        return x.expand(-1, 3, -1, -1)
+        return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def _encode_tiles(self, y: Tensor, quality: int, watch: Stopwatch) -> list[bytes]:
         batch = y.shape[0]
@@ -335,6 +335,7 @@ class PictureCoder:
             with job.watch("transform"):
                 outer = window.grown(self.network.halo, *job.latent_shape).within(canvas_box)
                 part = canvas[(..., *outer.relative_to(canvas_box).slices)].to(self.device)
+                part = part.contiguous(memory_format=torch.channels_last)
                 x = self.network.synthesise(self.network.dequantise(part), t, scale)
                 seen = window.scaled(step).within(target)
                 x = x[(0, slice(None), *seen.relative_to(outer.scaled(step)).slices)]

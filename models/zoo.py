@@ -110,6 +110,7 @@ def verify_weights(name: str) -> None:
 @functools.cache
 def load(name: str, device: str = "cpu") -> Hyperprior:
     """The network of a shipped model, ready to code on `device`. Raises WeightsError."""
+    import torch
     from safetensors.torch import load as load_tensors
 
     from calotype.models.exact import integerise
@@ -122,6 +123,8 @@ def load(name: str, device: str = "cpu") -> Hyperprior:
     tensors = load_tensors(data)
     own = network.state_dict()
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
+    # Convolutions run up to twice as fast on a CPU when channels are innermost.
+    network = network.to(memory_format=torch.channels_last)
     return network.to(device).requires_grad_(False)  # type: ignore[return-value]
 
 
