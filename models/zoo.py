@@ -124,8 +124,8 @@ def load(name: str, device: str = "cpu") -> Hyperprior:
     own = network.state_dict()
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     # Convolutions run up to twice as fast on a CPU when channels are innermost.
-    network = network.to(memory_format=torch.channels_last)
-    return network.to(device).requires_grad_(False)  # type: ignore[return-value]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(device).requires_grad_(False)
 
 
 def save(network: Hyperprior, path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from calotype.api import Codec
@@ -36,6 +37,12 @@ def synthesise(height: int, width: int, channels: int = 3, *, seed: int = 0) -> 
             plane += 25 * (rng.random() - 0.5) * np.tanh(6 * (distance - 0.4 - rng.random()))
         planes.append(plane + 4 * rng.standard_normal((height, width)))
     return np.clip(np.stack(planes, 2), 20, 235).astype(np.uint8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small pictures gain nothing from threads, and on a busy machine idle ones spin for minutes."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -309,7 +309,7 @@ class Decoder:
             for (u, v), _ in np.ndenumerate(weight[0, 0]):
                 out += weight[:, 0, u, v, None, None] * padded[:, u : u + x.shape[1], v : v + x.shape[2]]
         else:
-            out = (weight[:, :, 0, 0] @ x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
+            out = np.einsum("oc,chw->ohw", weight[:, :, 0, 0], x)
         if f"{name}.bias" in self.weights:
             out += self.weights[f"{name}.bias"].astype(np.float64)[:, None, None]
         return out
