@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from calotype import container, media, rate
 from calotype.container import Header, Still
-from calotype.errors import InputError, LimitError, ModelNotFoundError
+from calotype.errors import FormatError, InputError, LimitError, ModelNotFoundError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE, MAX_TILES
 from calotype.media import Picture
 from calotype.models import zoo
@@ -231,7 +231,11 @@ class Codec:
         alpha = None
         if still.alpha is not None:
             with watch("alpha"):
-                alpha = _crop_alpha(still, region, scale)
+                try:
+                    alpha = _crop_alpha(still, region, scale)
+                except InputError as error:
+                    if not allow_partial:
+                        raise FormatError(str(error)) from error
         picture = Picture(pixels, alpha, still.boxes.get("icc"), still.boxes.get("exif"), still.boxes.get("xmp"))
         return Decoded(picture, tuple(sorted(job.damaged)), watch.seconds)
 

@@ -341,7 +341,8 @@ def probe(data: bytes) -> ImageInfo:
     names = {code: key for key, code in BOXES.items()}
     try:
         for chunk in iterate_chunks(data):
-            if chunk.name in names and chunk.crc_ok:
+            # Only the first of a kind: a hostile file may repeat a box that inflates to megabytes.
+            if chunk.crc_ok and names.get(chunk.name) and not sizes[names[chunk.name]]:
                 sizes[names[chunk.name]] = len(_inflate(bytes(chunk.payload)))
     except FormatError:
         pass  # a damaged tail does not hide what the head says

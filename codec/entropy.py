@@ -19,6 +19,8 @@ from calotype.errors import FormatError
 Symbols = npt.NDArray[np.int32]
 Tables = npt.NDArray[np.uint8]
 
+SYMBOL_LIMIT = 2**17 - 1
+"""Largest magnitude of a symbol."""
 ESCAPE_LENGTHS = 18
 """An escaped magnitude has at most this many bits."""
 
@@ -31,7 +33,7 @@ def _categorical(frequencies: npt.NDArray[np.int32]) -> constriction.stream.mode
 
     constriction turns probabilities p into cumulative frequencies floor(sum p * free / total) + i, where each of n
     symbols has 1 for sure and `free` is 2^24 - n. With p = frequency - 1, shifted by a quarter so that the floor is
-    never near an integer, all of that is exact.
+    never near an integer, all of that is exact. The last frequency must be above 1.
     """
     probabilities = frequencies.astype(np.float64) - 1
     probabilities[0] += 0.25
@@ -130,7 +132,10 @@ class Decoder:
                     reaches.append(np.full(len(outside), reach))
             if escaped:
                 values = self._pull_escaped(sum(map(len, escaped)))
-                symbols[np.concatenate(escaped)] = values + np.sign(values) * np.concatenate(reaches)
+                values = values + np.sign(values) * np.concatenate(reaches)
+                if np.abs(values).max() > SYMBOL_LIMIT:
+                    raise FormatError("an escaped symbol is out of range: the file is damaged")
+                symbols[np.concatenate(escaped)] = values
         except AssertionError as error:
             raise FormatError("the entropy-coded data is damaged") from error
         return symbols

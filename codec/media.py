@@ -197,7 +197,7 @@ def write_picture(picture: Picture, format: str) -> bytes:
     options = defaults.get(format, {})
     if format in ("png", "jpeg", "webp", "tiff", "avif"):
         options |= {k: v for k, v in (("icc_profile", picture.icc), ("exif", picture.exif)) if v}
-        if picture.xmp and format in ("jpeg", "webp"):
+        if picture.xmp and format in ("jpeg", "webp", "avif"):
             options["xmp"] = picture.xmp
         elif picture.xmp and format == "png":
             from PIL.PngImagePlugin import PngInfo
