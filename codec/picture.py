@@ -28,6 +28,7 @@ from calotype.models import tables
 from calotype.models.hyperprior import STRIDE, Hyperprior
 from calotype.models.priors import Coding, Request
 from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.zoo import layout
 
 WINDOW = 2048 // STRIDE
 """Side of a window in latent positions."""
@@ -144,7 +145,7 @@ class PictureCoder:
     """
 
     def __init__(self, network: Hyperprior, device: torch.device, *, batch: int | None = None) -> None:
-        self.network, self.device = network, device
+        self.network, self.device, self.layout = network, device, layout(device)
         self.batch = batch or (8 if device.type == "cuda" else 1)
         frequencies = network.prior.frequencies.cpu().numpy().astype(np.int32)
         self.tables = SymbolTables(frequencies, [tables.half_width(i) for i in range(tables.SCALES)], tables.SKIP)
@@ -212,7 +213,7 @@ class PictureCoder:
         bottom, right = box.shape[0] - x.shape[2], box.shape[1] - x.shape[3]
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return x.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout)
 
     def _encode_tiles(self, y: Tensor, quality: int, watch: Stopwatch) -> list[bytes]:
         batch = y.shape[0]
@@ -335,7 +336,7 @@ class PictureCoder:
             with job.watch("transform"):
                 outer = window.grown(self.network.halo, *job.latent_shape).within(canvas_box)
                 part = canvas[(..., *outer.relative_to(canvas_box).slices)].to(self.device)
-                part = part.contiguous(memory_format=torch.channels_last)
+                part = part.contiguous(memory_format=self.layout)
                 x = self.network.synthesise(self.network.dequantise(part), t, scale)
                 seen = window.scaled(step).within(target)
                 x = x[(0, slice(None), *seen.relative_to(outer.scaled(step)).slices)]
