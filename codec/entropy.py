@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from calotype.errors import FormatError
+from calotype.models.priors import SYMBOL_LIMIT
 
 Symbols = npt.NDArray[np.int32]
 Tables = npt.NDArray[np.uint8]
 
-SYMBOL_LIMIT = 2**17 - 1
-"""Largest magnitude of a symbol."""
 ESCAPE_LENGTHS = 18
 """An escaped magnitude has at most this many bits."""
 
