@@ -18,11 +18,13 @@ _COMMANDS = {
     "decode": "decode",
     "info": "inspect",
     "verify": "inspect",
+    "transcode": "transcode",
     "models": "models",
     "train": "train",
     "eval": "evaluate",
     "compare": "evaluate",
     "bench": "evaluate",
+    "serve": "serve",
     "completion": "completion",
 }
 

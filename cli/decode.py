@@ -23,8 +23,9 @@ from calotype.cli.options import (
 from calotype.cli.options import (
     region as region_box,
 )
+from calotype.cli.video import VideoDecode, decode_video, frame_range, wants_video
 
-_FORMATS = ("png", "jpeg", "webp", "tiff", "bmp", "ppm", "npy", "avif")
+_FORMATS = ("png", "jpeg", "webp", "tiff", "bmp", "ppm", "npy", "avif", "y4m")
 _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
 
 
@@ -35,6 +36,7 @@ _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
     "--region", type=region_box, metavar="X,Y,W,H", help="Only this part of the picture, in pixels of the full size."
 )
 @click.option("--scale", type=click.Choice(list(_SCALES)), default="1", help="Decode smaller, and faster.")
+@click.option("--frames", type=frame_range, metavar="A:B", help="Of a video, these frames only: 10:20, 10:, :20 or 10.")
 @click.option("--allow-partial", is_flag=True, help="Decode what is intact of a damaged file.")
 @click.option("--max-pixels", type=size, metavar="SIZE", help="Refuse larger pictures, e.g. 100M.")
 @click.option(
@@ -54,21 +56,29 @@ def decode(
     format_: str | None,
     region: tuple[int, int, int, int] | None,
     scale: str,
+    frames: slice | None,
     allow_partial: bool,
     max_pixels: int | None,
     ignore_metadata: tuple[str, ...],
     batch: BatchOptions,
 ) -> None:
-    """Decode .clt files to pictures.
+    """Decode .clt files to pictures, and videos to video files or folders of pictures.
 
     IN is a file, a folder or - for standard input. photo.clt becomes photo.png beside it unless -o or --format say
-    otherwise; for -o - the format must be given.
+    otherwise; for -o - the format must be given. A video, which may be .clt or .mkv, is decoded alone and needs -o.
     """
     from calotype.api import strip_metadata
     from calotype.container import SUFFIX
     from calotype.media import write_picture
 
     settings = ctx.ensure_object(Settings)
+    if wants_video(inputs, format_, batch.output):
+        if region is not None or scale != "1":
+            raise click.UsageError("--region and --scale are for pictures.")
+        job = VideoDecode(inputs[0], format_, frames or slice(None), allow_partial, max_pixels, batch)
+        ctx.exit(decode_video(job, settings))
+    if format_ == "y4m" or frames is not None:
+        raise click.UsageError("--format y4m and --frames are for videos, and no input is one.")
     codecs = Codecs(settings.device)
     limits = {} if max_pixels is None else {"max_pixels": max_pixels}
 

@@ -16,8 +16,11 @@ from calotype.cli.options import BatchOptions, batch_options, common_options, in
 from calotype.cli.options import metadata as metadata_kinds
 
 if TYPE_CHECKING:
-    from calotype.api import Codec
+    from calotype.job import EncodedPicture
     from calotype.rate import Target
+
+
+_SCHEMA = "calotype.encode/1"
 
 
 @click.command(short_help="Encode pictures to .clt files.")
@@ -51,6 +54,12 @@ if TYPE_CHECKING:
 )
 @click.option("--verify", is_flag=True, help="Decode each result and check it before it is written.")
 @click.option("--max-pixels", type=size, metavar="SIZE", help="Refuse larger pictures, e.g. 100M.")
+@click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Encode on many machines through Ray: ray://HOST:PORT, auto (the cluster that this machine belongs to) or "
+    "local. --jobs is then the most workers; run again to resume.",
+)
 @batch_options
 @common_options
 @click.pass_context
@@ -63,6 +72,7 @@ def encode(
     metadata: tuple[str, ...],
     verify: bool,
     max_pixels: int | None,
+    cluster: str | None,
     batch: BatchOptions,
     quality: float,
     target_size: int | None,
@@ -74,29 +84,24 @@ def encode(
     IN is a file, a folder or - for standard input. photo.jpg becomes photo.clt beside it unless -o says otherwise.
     """
     from calotype.container import SUFFIX
-    from calotype.media import INPUT_SUFFIXES, read_picture
+    from calotype.job import EncodeJob
+    from calotype.limits import DEFAULT_MAX_PIXELS
+    from calotype.media import INPUT_SUFFIXES
 
     settings = ctx.ensure_object(Settings)
     target = _target(ctx, {"target_size": target_size, "target_bpp": target_bpp, "target_psnr": target_psnr})
     codecs = Codecs(settings.device)
+    job = EncodeJob(model, quality, target, int(tile), metadata, verify, max_pixels or DEFAULT_MAX_PIXELS)
 
     def work(task: Task, progress: Progress) -> Product:
         source = read_bytes(STREAM) if task.source == STREAM else task.source
-        picture = read_picture(source) if max_pixels is None else read_picture(source, max_pixels=max_pixels)
-        codec = codecs.named(model)
-        encoded = codec.encode(
-            picture,
-            quality=quality,
-            target=target,
-            tile=int(tile),
-            metadata=metadata,
-            progress=progress,
-        )
-        if verify:
-            _verify(codec, encoded.data)
+        return product(job.run(codecs.named(model), source, progress))
+
+    def product(made: EncodedPicture) -> Product:
+        encoded = made.encoded
         record: dict[str, Any] = {
-            "width": picture.width,
-            "height": picture.height,
+            "width": made.width,
+            "height": made.height,
             "bytes": len(encoded.data),
             "bpp": encoded.bpp,
             "quality": encoded.quality,
@@ -112,8 +117,13 @@ def encode(
         return Product(encoded.data, record, line + stage_times(settings, encoded.seconds))
 
     tasks = plan(inputs, batch, suffix=SUFFIX, input_suffixes=INPUT_SUFFIXES)
+    if cluster is not None:
+        from calotype.cli.cluster import encode_on_cluster
+
+        limit = None if ctx.get_parameter_source("jobs") is ParameterSource.DEFAULT else batch.jobs
+        ctx.exit(encode_on_cluster(cluster, job, tasks, batch, settings, schema=_SCHEMA, limit=limit, product=product))
     # Loading first makes a missing model one error of the command, not one of each file.
-    ctx.exit(Batch(tasks, batch, settings, schema="calotype.encode/1").run(work, prepare=lambda: codecs.named(model)))
+    ctx.exit(Batch(tasks, batch, settings, schema=_SCHEMA).run(work, prepare=lambda: codecs.named(model)))
 
 
 def _target(ctx: click.Context, values: dict[str, float | None]) -> Target | None:
@@ -134,15 +144,3 @@ def _target(ctx: click.Context, values: dict[str, float | None]) -> Target | Non
             value = values.get(name)
             return None if value is None else Target(kinds[name], float(value))
     return None
-
-
-def _verify(codec: Codec, data: bytes) -> None:
-    """Decode what was just encoded. Raises VerifyError whatever goes wrong, for the file itself is ours."""
-    from calotype.errors import CalotypeError, VerifyError
-
-    try:
-        codec.verify(data, deep=True)
-    except VerifyError:
-        raise
-    except CalotypeError as error:
-        raise VerifyError(f"the encoded file does not decode, nothing was written: {error}") from error

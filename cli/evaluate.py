@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
     from calotype.evaluation.bdrate import BdSummary, Method
     from calotype.evaluation.curves import Curve
-    from calotype.evaluation.run import Record, Run
+    from calotype.evaluation.measuring import Record
+    from calotype.evaluation.run import Run
 
 
-def _bpp_range(value: str) -> tuple[float, float] | None:
+_EVERYTHING = (0.0, float("inf"))
+
+
+def _bpp_range(value: str) -> tuple[float, float]:
     """LOW,HIGH in bits per pixel, or `all`."""
     if value == "all":
-        return None
+        return _EVERYTHING
     try:
         low, high = (float(part) for part in value.split(","))
     except ValueError:
@@ -32,11 +36,19 @@ def _bpp_range(value: str) -> tuple[float, float] | None:
     return low, high
 
 
+def _chosen_range(given: tuple[float, float] | None, runs: Sequence[Run]) -> tuple[float, float] | None:
+    """None for all points."""
+    default = _EVERYTHING if any(run.medium == "video" for run in runs) else (0.1, 1.5)
+    chosen = given or default
+    return None if chosen == _EVERYTHING else chosen
+
+
 def _comparing(function: Any) -> Any:
     """Options that `eval` and `compare` share."""
     for option in (
-        click.option("--bpp-range", type=_bpp_range, metavar="LOW,HIGH|all", default="0.1,1.5", show_default=True,
-                     help="Points that count for BD-rates and are drawn, in bits per pixel."),
+        click.option("--bpp-range", type=_bpp_range, metavar="LOW,HIGH|all",
+                     help="Points that count for BD-rates and are drawn, in bits per pixel.  "
+                     "[default: 0.1,1.5 for pictures, all for video]"),
         click.option("--bd-method", type=click.Choice(["pchip", "akima", "cubic"]), default="pchip", show_default=True,
                      help="Interpolation of BD-rates."),
         click.option("--published", multiple=True, metavar="SOURCE[:NAME+NAME]",
@@ -86,15 +98,18 @@ def _list_registries(ctx: click.Context, _: click.Parameter, value: bool) -> Non
     if not value or ctx.resilient_parsing:
         return
     from calotype.evaluation.codecs import FAMILIES
-    from calotype.evaluation.metrics import METRICS, missing
+    from calotype.evaluation.metrics import METRICS, Medium, missing
 
     for family in FAMILIES.values():
         why = family.missing()
         state = f"  MISSING: {why}" if why else ""
-        click.echo(f"{family.name:18} {family.summary}; variant: {family.variants}; scale: {family.scale}{state}")
+        summary = f"{family.name:18} {family.medium}: {family.summary}"
+        click.echo(f"{summary}; variant: {family.variants}; scale: {family.scale}{state}")
     for metric in METRICS.values():
-        why = missing(metric.name)
-        click.echo(f"{metric.name:18} {metric.label}{f'  MISSING: {why}' if why else ''}")
+        media: list[Medium] = [medium for medium in ("still", "video") if metric.group_for(medium)]
+        why = missing(metric.name, media[0])
+        state = f"  MISSING: {why}" if why else ""
+        click.echo(f"{metric.name:18} {metric.label}; {' and '.join(media)}{state}")
     ctx.exit()
 
 
@@ -103,8 +118,8 @@ def _list_registries(ctx: click.Context, _: click.Parameter, value: bool) -> Non
 @click.option("-c", "--codecs", multiple=True, default=("calotype,jpeg,webp,avif444",), show_default=True,
               metavar="SPECS",
               help="NAME[:VARIANT][:qLOW-HIGH[:POINTS]], commas between; see --list.")  # fmt: skip
-@click.option("-m", "--metrics", multiple=True, default=("psnr,ms-ssim",), show_default=True, metavar="NAMES",
-              help="Commas between; see --list.")  # fmt: skip
+@click.option("-m", "--metrics", multiple=True, metavar="NAMES",
+              help="Commas between; see --list.  [default: psnr,ms-ssim; for video psnr-yuv,ms-ssim]")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR",
               help="Folder of the run.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR: what it has is not measured again.")
@@ -116,6 +131,9 @@ def _list_registries(ctx: click.Context, _: click.Parameter, value: bool) -> Non
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, allow_from_autoenv=False,
               callback=_list_registries,
               help="Show the codecs and metrics, and which cannot run here.")  # fmt: skip
+@click.option("--frames", type=click.IntRange(1), metavar="N", help="Only the first N frames of each clip.")
+@click.option("--keyint", type=click.IntRange(1), default=32, show_default=True, metavar="N",
+              help="Largest distance of key frames, for video.")  # fmt: skip
 @click.option("--discard-files", is_flag=True, help="Do not keep the encoded files (no picture viewer then).")
 @click.option("--viewer-pictures", type=click.IntRange(0), default=4, show_default=True, help="Pictures in the viewer.")
 @_comparing
@@ -131,6 +149,8 @@ def eval_command(
     resume: bool,
     job_count: int,
     threads: int,
+    frames: int | None,
+    keyint: int,
     discard_files: bool,
     viewer_pictures: int,
     bpp_range: tuple[float, float] | None,
@@ -139,8 +159,9 @@ def eval_command(
     anchors: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Measure codecs on the pictures of DATASET, a folder: rate, quality, time, BD-rates, plots and a page.
+    """Measure codecs on the pictures or, with codecs of video, on the clips of DATASET, a folder or a file.
 
+    Gives rate, quality, time, BD-rates, plots and a page.
     Writes to DIR: records.jsonl (a line a measurement, at once), run.json, records.csv, results/CODEC.json in
     CompressAI's form, comparison.json, bd-rates.md, rate-quality.png and .svg, report.html.
     """
@@ -148,11 +169,16 @@ def eval_command(
     from calotype.evaluation import metrics as measures
     from calotype.evaluation import run as runs
 
-    specs = registry.parse_specs(codecs)
+    specs = registry.parse_specs(codecs, keyint)
+    if not specs:
+        raise click.BadParameter("name a codec.", param_hint="--codecs")
+    medium = specs[0].medium
     extra = _published(published)
+    wanted = metrics or (("psnr,ms-ssim",) if medium == "still" else ("psnr-yuv,ms-ssim",))
     options = runs.Options(
-        tuple(measures.parse_metrics(metrics)), job_count, threads, settings.device, not discard_files, resume
-    )
+        tuple(measures.parse_metrics(wanted, medium)), job_count, threads, settings.device, not discard_files, resume,
+        frames if medium == "video" else None,
+    )  # fmt: skip
 
     def progress(done: int, total: int, record: Record) -> None:
         what = f"{record['codec']} {record['setting']:g} {record['picture']}"
@@ -163,7 +189,8 @@ def eval_command(
             click.echo(f"[{done}/{total}] {what}: {record['bpp']:.3f} bpp, {values}", err=True)
 
     finished = runs.evaluate(dataset, specs, output, options, progress)
-    found = _write_run(finished, dataset, extra, anchors, bd_method, bpp_range, viewer_pictures)
+    shown_range = _chosen_range(bpp_range, [finished])
+    found = _write_run(finished, dataset, extra, anchors, bd_method, shown_range, viewer_pictures)
     if as_json:
         print_json("calotype.eval/1", {"output": str(output), "failed": len(finished.failures), "bd": found[1]})
     else:
@@ -193,7 +220,8 @@ def _write_run(
     report.write_results(run)
     summaries = report.compare(curves, _choose_anchors(run.curves, anchors), metrics, method, bpp_range)
     data = report.comparison_json(curves, [run], summaries, bpp_range)
-    title = f"{run.manifest['dataset']['name']}: {len(run.manifest['dataset']['pictures'])} pictures"
+    what = "clips" if run.medium == "video" else "pictures"
+    title = f"{run.manifest['dataset']['name']}: {len(run.manifest['dataset']['pictures'])} {what}"
     write_file(run.folder / "comparison.json", json.dumps(report.clean(data), indent=1).encode(), overwrite=True)
     write_file(
         run.folder / "bd-rates.md", report.markdown_table(report.headline(summaries, learned)).encode(), overwrite=True
@@ -202,7 +230,7 @@ def _write_run(
         for suffix in (".png", ".svg"):
             path = run.folder / f"rate-quality{suffix}"
             plot_rate_quality(curves, metrics, path, title=title, bpp_range=bpp_range)
-        crops = page.viewer(run, Dataset.load(dataset), pictures=viewer_pictures)
+        crops = page.viewer(run, Dataset.load(dataset, run.medium), pictures=viewer_pictures)
         text = page.render(title, curves, [run], summaries, bpp_range, crops)
         write_file(run.folder / "report.html", text.encode(), overwrite=True)
     return summaries, data["bd"], report.warnings([run])
@@ -252,7 +280,11 @@ def compare_command(
         kept = {curve.name: curve for curve in (report.find_curve(curves, name) for name in names)}
         curves = list(kept.values())
     curves += _published(published)
-    wanted = parse_metrics(metrics) or [name for name in METRICS if any(name in curve.metrics() for curve in curves)]
+    video = any(run.medium == "video" for run in loaded)
+    bpp_range = _chosen_range(bpp_range, loaded)
+    wanted = parse_metrics(metrics, "video" if video else "still") or [
+        name for name in METRICS if any(name in curve.metrics() for curve in curves)
+    ]
     summaries = report.compare(curves, _choose_anchors(curves, anchors), wanted, bd_method, bpp_range)
     data = report.clean(report.comparison_json(curves, loaded, summaries, bpp_range))
     heading = title or ", ".join(dict.fromkeys(run.manifest["dataset"]["name"] for run in loaded)) or "Comparison"

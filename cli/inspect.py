@@ -13,6 +13,7 @@ from calotype.cli.batch import error_record, read_bytes
 from calotype.cli.codecs import Codecs
 from calotype.cli.console import SOME_FAILED, Settings, exit_code, file_size, print_json, show_error
 from calotype.cli.options import common_options, inputs_argument, json_option
+from calotype.cli.video import info_text, is_video_file
 
 
 @click.command(short_help="Show what .clt files say about themselves.")
@@ -26,7 +27,12 @@ def info(ctx: click.Context, *, inputs: tuple[Path, ...], with_chunks: bool, as_
     from calotype.container import chunks, probe
 
     def look(path: Path) -> tuple[dict[str, Any], str]:
-        data = read_bytes(path)
+        video, data = _content(path)
+        if video is not None:
+            from calotype.video_info import probe_video
+
+            fields = probe_video(video).model_dump()
+            return fields, info_text(fields)
         record = probe(data).model_dump()
         text = _info_text(record)
         if with_chunks:
@@ -50,10 +56,16 @@ def verify(ctx: click.Context, *, inputs: tuple[Path, ...], deep: bool, as_json:
     """Check the checksums of .clt files. Without --deep this needs no weights."""
     from calotype.container import read_still
 
-    codecs = Codecs(ctx.ensure_object(Settings).device)
+    device = ctx.ensure_object(Settings).device
+    codecs = Codecs(device)
 
     def check(path: Path) -> tuple[dict[str, Any], str]:
-        data = read_bytes(path)
+        video, data = _content(path)
+        if video is not None:
+            from calotype.video_info import verify_video
+
+            count = verify_video(video, deep=deep, device=device)
+            return {"bytes": len(data) or path.stat().st_size, "deep": deep, "frames": count}, "ok"
         # Nothing is decoded here, so the number of pixels is no danger.
         read_still(data, max_pixels=sys.maxsize)
         if deep:
@@ -61,6 +73,16 @@ def verify(ctx: click.Context, *, inputs: tuple[Path, ...], deep: bool, as_json:
         return {"bytes": len(data), "deep": deep}, "ok"
 
     ctx.exit(_each(ctx, inputs, check, schema="calotype.verify/1", as_json=as_json))
+
+
+def _content(path: Path) -> tuple[Path | bytes | None, bytes]:
+    """A video to read, if it is one, and the bytes of anything else and of standard input."""
+    from calotype.timeline import is_video
+
+    if is_video_file(path):
+        return path, b""
+    data = read_bytes(path)
+    return (data if is_video(data) else None), data
 
 
 def _each(

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from calotype.api import Codec, Decoded, Encoded, decode, encode
     from calotype.container import ImageInfo, probe
     from calotype.media import Picture, read_picture, write_picture
+    from calotype.packet import Packet
     from calotype.rate import Target
+    from calotype.video import FrameBatch, VideoDecoder, VideoEncoder
 
 __version__ = version("calotype")
 __all__ = [
@@ -20,9 +22,13 @@ __all__ = [
     "Codec",
     "Decoded",
     "Encoded",
+    "FrameBatch",
     "ImageInfo",
+    "Packet",
     "Picture",
     "Target",
+    "VideoDecoder",
+    "VideoEncoder",
     "decode",
     "encode",
     "probe",
@@ -35,6 +41,7 @@ _HOMES = {
     "ImageInfo": "container", "probe": "container",
     "Picture": "media", "read_picture": "media", "write_picture": "media",
     "Target": "rate",
+    "Packet": "packet", "FrameBatch": "video", "VideoDecoder": "video", "VideoEncoder": "video",
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from calotype import container, media, rate
 from calotype.container import Header, Still
-from calotype.errors import FormatError, InputError, LimitError, ModelNotFoundError
+from calotype.errors import CalotypeError, FormatError, InputError, LimitError, ModelNotFoundError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE, MAX_TILES
 from calotype.media import Picture
 from calotype.models import zoo
@@ -101,15 +102,23 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+_LOADING = threading.Lock()
+"""Threads that start together share one network instead of loading one each."""
+
+
 @functools.cache
 def _coder(name: str, device: str) -> PictureCoder:
+    from calotype.models.hyperprior import Hyperprior
     from calotype.picture import PictureCoder
 
     chosen = pick_device(device)
     try:
-        return PictureCoder(zoo.load(name, str(chosen)), chosen)
+        network = zoo.load(name, str(chosen))
     except zoo.WeightsError as error:
         raise ModelNotFoundError(str(error)) from error
+    if not isinstance(network, Hyperprior):
+        raise ModelNotFoundError(f"model {name!r} does not code still pictures")
+    return PictureCoder(network, chosen)
 
 
 class Codec:
@@ -121,7 +130,8 @@ class Codec:
     @classmethod
     def load(cls, model: str = DEFAULT_MODEL, *, device: str = "auto") -> Codec:
         """Load shipped weights (cached). Raises ModelNotFoundError, InputError for a device that is not here."""
-        return cls(_coder(model, device), globals()["model"](model))
+        with _LOADING:
+            return cls(_coder(model, device), globals()["model"](model))
 
     def encode(
         self,
@@ -239,6 +249,85 @@ class Codec:
         picture = Picture(pixels, alpha, still.boxes.get("icc"), still.boxes.get("exif"), still.boxes.get("xmp"))
         return Decoded(picture, tuple(sorted(job.damaged)), watch.seconds)
 
+    def encode_batch(
+        self,
+        x: torch.Tensor | npt.NDArray[Any],
+        *,
+        quality: float | Sequence[float] = DEFAULT_QUALITY,
+        tile: int = DEFAULT_TILE,
+    ) -> list[bytes]:
+        """Encode each picture of a batch to the file that `encode` makes of it.
+
+        Args:
+            x: [N, C, H, W], uint8 or float in [0, 1] (rounded to 8 bits), on any device; C is 1 gray, 3 RGB, or 2 or 4
+                with alpha as the last channel.
+            quality: for all, or one for each.
+        Raises:
+            InputError for another shape, type or range, LimitError.
+        """
+        pixels = _as_bytes(x)
+        qualities = [float(quality)] * len(pixels) if isinstance(quality, int | float) else list(quality)
+        if len(qualities) != len(pixels):
+            raise InputError(f"{len(qualities)} qualities for {len(pixels)} pictures: give one, or one for each")
+        return [
+            self.encode(as_picture(picture), quality=q, tile=tile).data
+            for picture, q in zip(pixels, qualities, strict=True)
+        ]
+
+    def decode_batch(
+        self, files: Sequence[bytes | memoryview], *, scale: int = 1, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> torch.Tensor:
+        """Decode files of one size to [N, C, ceil(H/scale), ceil(W/scale)] uint8 on this codec's device.
+
+        The pixels never leave the device. Files of equal tiles go through the networks together, of any quality.
+
+        Args:
+            files: of equal width, height, colour channels and alpha; alpha becomes the last channel.
+            scale: 1, 2, 4 or 8.
+            max_pixels: refuse larger pictures before allocating memory for them.
+        Raises:
+            InputError for an empty batch or unequal files, else what `decode` raises; damage names the file's number.
+        """
+        import torch
+
+        from calotype import batch
+
+        if scale not in SCALES:
+            raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
+        if not files:
+            raise InputError("the batch is empty: give at least one file")
+        stills: list[Still] = []
+        for number, data in enumerate(files):
+            try:
+                still = container.read_still(data, max_pixels=max_pixels)
+                kind, wanted = _describe(still.header), _describe(stills[0].header if stills else still.header)
+                if kind != wanted:
+                    raise InputError(f"it is {kind}, file 0 is {wanted}: only equal ones can be decoded together")
+            except CalotypeError as error:
+                raise type(error)(f"file {number} of the batch: {error}") from error
+            stills.append(still)
+        header = stills[0].header
+        groups: dict[tuple[int, bytes], list[int]] = {}
+        for number, still in enumerate(stills):
+            groups.setdefault((still.header.tile, still.header.weights), []).append(number)
+        height, width = -(-header.height // scale), -(-header.width // scale)
+        channels = header.channels + header.alpha
+        out = torch.empty(len(files), channels, height, width, dtype=torch.uint8, device=self.coder.device)
+        for numbers in groups.values():
+            coder = self._for(stills[numbers[0]].header).coder
+            pixels = batch.decode(coder, {n: stills[n] for n in numbers}, scale)
+            if header.channels == 1:
+                pixels = pixels.float().mean(1, keepdim=True).round().to(torch.uint8)
+            out[numbers, : header.channels] = pixels
+        if header.alpha:
+            for number, still in enumerate(stills):
+                try:
+                    alpha = _crop_alpha(still, None, scale)
+                except InputError as error:
+                    raise FormatError(f"file {number} of the batch: {error}") from error
+                out[number, -1] = torch.from_numpy(alpha).to(out.device)
+        return out
+
     def _for(self, header: Header) -> Codec:
         """This codec, or the one whose weights the file names. Raises ModelNotFoundError."""
         if bytes.fromhex(self.spec.sha256[:16]) == header.weights:
@@ -311,8 +400,32 @@ def _crop_alpha(still: Still, region: Region | None, scale: int) -> npt.NDArray[
     return np.rint(part.reshape(part.shape[0] // scale, scale, -1, scale).mean((1, 3))).astype(np.uint8)
 
 
+def _describe(header: Header) -> str:
+    kind = f"{header.width}x{header.height} {'gray' if header.channels == 1 else 'RGB'}"
+    return f"{kind} with alpha" if header.alpha else kind
+
+
+def _as_bytes(x: torch.Tensor | npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """[N, H, W, C] uint8 of a batch [N, C, H, W] of uint8 or floats in [0, 1]. Raises InputError."""
+    import torch
+
+    x = torch.as_tensor(x)
+    if x.ndim != 4 or x.shape[1] not in (1, 2, 3, 4) or 0 in x.shape[1:]:
+        raise InputError(f"a batch must be [N, 1 to 4, H, W] and its pictures not empty, got {list(x.shape)}")
+    if x.is_floating_point():
+        if not ((x >= 0) & (x <= 1)).all():
+            raise InputError("float pixels must be in [0, 1]: divide by 255 or clamp them")
+        x = x.detach().float().mul(255).round().to(torch.uint8)
+    if x.dtype != torch.uint8:
+        raise InputError(f"pixels must be uint8 or float, got {x.dtype}")
+    return np.ascontiguousarray(x.permute(0, 2, 3, 1).cpu().numpy())
+
+
 def as_picture(image: Any) -> Picture:
-    """A `Picture` of an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] uint8, or of a Pillow image."""
+    """A `Picture` of an array [H, W] or [H, W, C] uint8, or of a Pillow image.
+
+    C is 1 gray, 3 RGB, or 2 or 4 with alpha as the last channel.
+    """
     if isinstance(image, Picture):
         return image
     if hasattr(image, "getexif"):
@@ -320,8 +433,8 @@ def as_picture(image: Any) -> Picture:
     array = np.asarray(image)
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim == 3 and array.shape[2] == 4:
-        return Picture(np.ascontiguousarray(array[:, :, :3]), np.ascontiguousarray(array[:, :, 3]))
+    if array.ndim == 3 and array.shape[2] in (2, 4):
+        return Picture(np.ascontiguousarray(array[:, :, :-1]), np.ascontiguousarray(array[:, :, -1]))
     return Picture(array)
 
 

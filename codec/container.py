@@ -150,7 +150,8 @@ class Still:
     """What was wrong with the parts that are None or absent; empty for an intact file."""
 
 
-def _chunk(name: bytes, payload: bytes) -> bytes:
+def pack_chunk(name: bytes, payload: bytes) -> bytes:
+    """A chunk: length, name, payload, CRC."""
     return b"".join((_CHUNK.pack(len(payload), name), payload, _CRC.pack(zlib.crc32(payload, zlib.crc32(name)))))
 
 
@@ -158,16 +159,16 @@ def write_still(
     header: Header, tiles: Sequence[bytes], *, boxes: Mapping[str, bytes] | None = None, alpha: bytes | None = None
 ) -> bytes:
     """The whole file. `boxes` maps "icc", "exif", "xmp" to raw contents; `alpha` is a lossless PNG."""
-    parts = [MAGIC, _chunk(HEADER, header.pack())]
+    parts = [MAGIC, pack_chunk(HEADER, header.pack())]
     for key, content in (boxes or {}).items():
         if len(content) > MAX_METADATA:
             raise LimitError(f"{len(content)} bytes of {key} are over the limit of {MAX_METADATA}: drop it")
-        parts.append(_chunk(BOXES[key], zlib.compress(content, 9)))
+        parts.append(pack_chunk(BOXES[key], zlib.compress(content, 9)))
     if alpha is not None:
-        parts.append(_chunk(ALPHA, alpha))
+        parts.append(pack_chunk(ALPHA, alpha))
     if len(tiles) > 1:
-        parts.append(_chunk(TABLE, struct.pack(f"<{len(tiles)}I", *map(len, tiles))))
-    parts.extend(_chunk(TILE, tile) for tile in tiles)
+        parts.append(pack_chunk(TABLE, struct.pack(f"<{len(tiles)}I", *map(len, tiles))))
+    parts.extend(pack_chunk(TILE, tile) for tile in tiles)
     return b"".join(parts)
 
 

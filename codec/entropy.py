@@ -8,7 +8,7 @@ escaped and follow the groups. The order is part of the format: docs/FORMAT.md.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import constriction
 import numpy as np
@@ -58,17 +58,18 @@ class SymbolTables:
             raise ValueError("frequencies and half-widths do not match")
         self.models = [_categorical(frequencies[a:b]) for a, b in itertools.pairwise(bounds)]
 
-    def groups(self, tables: Tables) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-        """(table, positions of its symbols) in coding order."""
-        positions = np.flatnonzero(tables >= self.skip)
-        kept = tables[positions]
-        order = np.argsort(kept, kind="stable")
-        counts = np.bincount(kept, minlength=len(self.models))
-        start = 0
-        for table in np.flatnonzero(counts):
-            stop = start + counts[table]
-            yield int(table), positions[order[start:stop]]
-            start = stop
+    def order(self, tables: Tables) -> tuple[npt.NDArray[np.intp], list[tuple[int, slice]], Symbols]:
+        """Coding order: positions of the coded symbols, the run of each table in it, and each position's half-width."""
+        order = np.argsort(tables, kind="stable")
+        bounds = np.searchsorted(tables[order], np.arange(self.skip, len(self.models) + 1))
+        order = order[bounds[0] :]
+        bounds -= bounds[0]
+        runs = [
+            (table, slice(start, stop))
+            for table, (start, stop) in enumerate(itertools.pairwise(bounds.tolist()), self.skip)
+            if start < stop
+        ]
+        return order, runs, np.repeat(self.half_widths[self.skip :], np.diff(bounds))
 
 
 class Encoder:
@@ -80,18 +81,17 @@ class Encoder:
 
     def push(self, tables: Tables, symbols: Symbols) -> None:
         """Code `symbols` [n] under `tables` [n]."""
-        escaped = []
-        for table, positions in self.tables.groups(tables):
-            reach = self.tables.half_widths[table]
-            group = symbols[positions]
-            outside = np.abs(group) > reach
-            if outside.any():
-                over = group[outside]
-                escaped.append(np.sign(over) * (np.abs(over) - reach))
-                group = np.where(outside, reach + 1, group)
-            self._coder.encode(np.ascontiguousarray(group + reach, np.int32), self.tables.models[table])
-        if escaped:
-            self._push_escaped(np.concatenate(escaped))
+        order, runs, reach = self.tables.order(tables)
+        values = symbols[order]
+        index = values + reach
+        # As an unsigned number what lies below the table is large, too.
+        escaped = np.flatnonzero(index.view(np.uint32) > (2 * reach).view(np.uint32))
+        index[escaped] = 2 * reach[escaped] + 1
+        for table, run in runs:
+            self._coder.encode(index[run], self.tables.models[table])
+        if len(escaped):
+            over = values[escaped]
+            self._push_escaped(np.sign(over) * (np.abs(over) - reach[escaped]))
 
     def _push_escaped(self, values: Symbols) -> None:
         """Exponential Golomb of magnitudes ≥ 1: all lengths, then the low bits by ascending length, then all signs."""
@@ -118,25 +118,23 @@ class Decoder:
 
     def pull(self, tables: Tables) -> Symbols:
         """The symbols [n] that were coded under `tables` [n]."""
-        symbols = np.zeros(len(tables), np.int32)
-        escaped, reaches = [], []
+        order, runs, reach = self.tables.order(tables)
+        values = np.empty(len(order), np.int32)
         try:
-            for table, positions in self.tables.groups(tables):
-                reach = self.tables.half_widths[table]
-                group = self._coder.decode(self.tables.models[table], len(positions)) - reach
-                symbols[positions] = group
-                outside = positions[group > reach]
-                if len(outside):
-                    escaped.append(outside)
-                    reaches.append(np.full(len(outside), reach))
-            if escaped:
-                values = self._pull_escaped(sum(map(len, escaped)))
-                values = values + np.sign(values) * np.concatenate(reaches)
-                if np.abs(values).max() > SYMBOL_LIMIT:
+            for table, run in runs:
+                values[run] = self._coder.decode(self.tables.models[table], run.stop - run.start)
+            values -= reach
+            escaped = np.flatnonzero(values > reach)
+            if len(escaped):
+                beyond = self._pull_escaped(len(escaped))
+                beyond += np.sign(beyond) * reach[escaped]
+                if np.abs(beyond).max() > SYMBOL_LIMIT:
                     raise FormatError("an escaped symbol is out of range: the file is damaged")
-                symbols[np.concatenate(escaped)] = values
+                values[escaped] = beyond
         except AssertionError as error:
             raise FormatError("the entropy-coded data is damaged") from error
+        symbols = np.zeros(len(tables), np.int32)
+        symbols[order] = values
         return symbols
 
     def _pull_escaped(self, count: int) -> Symbols:

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from calotype.errors import InputError, LimitError, OutputExistsError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
+from calotype.png import write_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -187,8 +188,6 @@ def write_picture(picture: Picture, format: str) -> bytes:
     if format == "bmp" and image.mode == "LA":
         image = image.convert("RGBA")
     defaults: dict[str, dict[str, Any]] = {
-        # Level 1 costs a few per cent of size and saves most of the time of a large picture.
-        "png": {"compress_level": 1},
         "jpeg": {"quality": 95, "subsampling": 0},
         "webp": {"lossless": True, "quality": 20, "method": 1},
         "tiff": {"compression": "tiff_adobe_deflate"},
@@ -206,6 +205,8 @@ def write_picture(picture: Picture, format: str) -> bytes:
             text.add_itxt("XML:com.adobe.xmp", picture.xmp.decode("utf-8", "replace"))
             options["pnginfo"] = text
     try:
+        if format == "png":
+            return write_png(np.asarray(image), **options)
         image.save(out, format.upper(), **options)
     except (OSError, ValueError) as error:
         raise InputError(f"the picture cannot be written as {format}: {error}") from error

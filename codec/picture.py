@@ -201,7 +201,7 @@ class PictureCoder:
                 if len(windows) == 1:
                     return inner
                 if latent is None:
-                    latent = torch.empty(1, y.shape[1], rows, columns)
+                    latent = torch.empty(1, rows, columns, y.shape[1]).permute(0, 3, 1, 2)
                 latent[(..., *window.slices)] = inner.cpu()
         assert latent is not None
         return latent
@@ -209,7 +209,7 @@ class PictureCoder:
     def _to_network(self, pixels: npt.NDArray[np.uint8], box: Box) -> Tensor:
         """[1, 3, H, W] in [-0.5, 0.5] of a box of pixels, edges repeated where the box leaves the picture."""
         part = torch.from_numpy(pixels[box.slices].copy()).to(self.device)
-        x = part.permute(2, 0, 1)[None].float() / 255 - 0.5
+        x = part.permute(2, 0, 1)[None].float().div_(255).sub_(0.5)
         bottom, right = box.shape[0] - x.shape[2], box.shape[1] - x.shape[3]
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
@@ -244,7 +244,7 @@ class PictureCoder:
         """
         needed, canvas_box = self._boxes(job, area)
         tiles = job.tiles_touching(canvas_box)
-        canvas = torch.zeros(1, self.network.config.latent, *canvas_box.shape)
+        canvas = torch.zeros(1, *canvas_box.shape, self.network.config.latent).permute(0, 3, 1, 2)
         lost: list[Box] = []
         done = 0
         for group in self._batches([box.shape for _, box in tiles]):
@@ -340,7 +340,7 @@ class PictureCoder:
                 x = self.network.synthesise(self.network.dequantise(part), t, scale)
                 seen = window.scaled(step).within(target)
                 x = x[(0, slice(None), *seen.relative_to(outer.scaled(step)).slices)]
-                x = x.add(0.5).mul(255).round().clamp(0, 255).to(torch.uint8)
+                x = x.add_(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
             with job.watch("store"):
                 out[seen.relative_to(target).slices] = x.permute(1, 2, 0).cpu().numpy()
             if progress:

@@ -2,8 +2,9 @@
 
 Activations are integers in [-127, 127] carried in float32 tensors, weights are int8, so a sum of products stays below
 2^24 and is exact in *any* order of summation: every processor, library, thread count and batch size gives the same
-integer. The rescaling to the next layer is one float64 multiplication by a float32 number (24 + 24 bits < 53: exact)
-and a floor. There is no exp, no division and no convolution algorithm that may transform its inputs (Winograd, FFT).
+integer, and so do products of int8 with sums in int32. The rescaling to the next layer is one float64 multiplication by
+a float32 number (24 + 24 bits < 53: exact) and a floor. There is no exp, no division and no convolution algorithm that
+may transform its inputs (Winograd, FFT).
 
 A layer lives twice with the same call signature, so that a network is written once:
 
@@ -16,6 +17,7 @@ The recipe follows Balle et al., "Integer Networks for Data Compression with Lat
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,8 @@ LEVELS = 65
 """Quality levels at which a conditional layer stores a bias: level = round(quality / 100 * 64)."""
 MAX_BIAS = 2**22
 MAX_FAN_IN = (2**24 - MAX_BIAS) // (LIMIT * LIMIT)
+_STRIP = 2**18
+"""Elements that a layer computes at a time on a CPU."""
 
 
 class _RoundClamp(torch.autograd.Function):
@@ -177,6 +181,28 @@ class QuantConv(nn.Module):
         self.bias.copy_(integers.bias[rows].double() * acc_unit)
 
 
+@functools.cache
+def _int8_is_exact(inputs: int, outputs: int) -> bool:
+    """Whether int8 products of this size are fast here, and proved exact: they saturate on processors without VNNI."""
+    if not (torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()):
+        return False
+    x, weight = (
+        torch.arange(rows * inputs).mul(7919).remainder(2 * LIMIT + 1).sub(LIMIT).view(rows, inputs)
+        for rows in (512, outputs)
+    )
+    x[::3], x[1::3], weight[::3], weight[1::3] = LIMIT, -LIMIT, LIMIT, -LIMIT
+    exact = (x.float() @ weight.float().t()).int()
+    x, weight = x.to(torch.int8), weight.to(torch.int8)
+    return all(torch.equal(torch._int_mm(x[:n], weight.t()), exact[:n]) for n in (1, 512))
+
+
+def _products(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, n, C] by the transpose of [O, C]: exact sums, in int32 or float32."""
+    if x.device.type == "cpu" and _int8_is_exact(weight.shape[1], weight.shape[0]):
+        return torch._int_mm(x.flatten(0, 1).to(torch.int8), weight.to(torch.int8).t()).unflatten(0, x.shape[:2])
+    return torch.matmul(x, weight.t())
+
+
 class IntConv(nn.Module):
     """The exported form of `QuantConv`: out = clamp(floor(leaky(W x + b) * m + 1/2)), exact everywhere."""
 
@@ -196,23 +222,41 @@ class IntConv(nn.Module):
         self.register_buffer("multiplier", torch.zeros(out_channels))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Integers [B, C, H, W] in, integers out; `t` [B] is the quality level as an integer below `LEVELS`."""
-        batch, _, height, width = x.shape
-        if self.depthwise:
-            pad = self.kernel // 2
-            padded = F.pad(x, (pad, pad, pad, pad))
-            acc = torch.zeros_like(x)
-            for i in range(self.kernel):
-                for j in range(self.kernel):
-                    acc.addcmul_(padded[:, :, i : i + height, j : j + width], self.weight[:, i, j, None, None])
-        else:
-            acc = torch.matmul(self.weight, x.flatten(2)).view(batch, -1, height, width)
-        bias = self.bias[t] if self.bias.shape[0] > 1 else self.bias
-        acc = acc.add_(bias[:, :, None, None]).double()
-        if self.leaky:
-            acc = torch.maximum(acc, acc * 0.125)
-        out = acc.mul_(self.multiplier.double()[:, None, None]).add_(0.5).floor_()
-        return (out if self.head else out.clamp_(-LIMIT, LIMIT)).float()
+        """Integers [B, C, H, W] in, integers out, channels innermost in memory.
+
+        `t` [B] is the quality level as an integer below `LEVELS`.
+        """
+        height, width = x.shape[2:]
+        bias = (self.bias[t] if self.bias.shape[0] > 1 else self.bias)[:, None]
+        multiplier = self.multiplier.double()
+        strips = []
+        for sums in self._sums(x.permute(0, 2, 3, 1)):
+            out = sums.double().add_(bias)
+            if self.leaky:
+                F.leaky_relu_(out, 0.125)
+            out = out.mul_(multiplier).add_(0.5).floor_().float()
+            strips.append(out if self.head else out.clamp_(-LIMIT, LIMIT))
+        whole = torch.cat(strips, 1) if len(strips) > 1 else strips[0]
+        return whole.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def _sums(self, x: Tensor) -> Iterator[Tensor]:
+        """Sums of products over [B, H, W, C], in strips of positions that stay in a processor's cache: [B, n, C]."""
+        _, height, width, _ = x.shape
+        room = x.numel() + 1 if x.is_cuda else _STRIP // self.weight.shape[0]
+        if not self.depthwise:
+            for strip in x.flatten(1, 2).split(room, 1):
+                yield _products(strip, self.weight)
+            return
+        pad, rows = self.kernel // 2, max(1, room // width)
+        padded = F.pad(x, (0, 0, pad, pad, pad, pad))
+        taps = self.weight.flatten(1).t().contiguous().unbind()
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            sums = torch.zeros_like(x[:, top:bottom])
+            for number, tap in enumerate(taps):
+                i, j = divmod(number, self.kernel)
+                sums.addcmul_(padded[:, top + i : bottom + i, j : j + width], tap)
+            yield sums.flatten(1, 2)
 
 
 def integerise(network: M) -> M:

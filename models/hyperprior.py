@@ -12,6 +12,7 @@ transform codec instead of searching for one. Rates are switched by quantization
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from calotype.models.quantizers import Modulation, base_step, quality_level
 
 STRIDE = 16
 """Pixels per latent position, each way."""
+_STRIP = 512
+"""Positions that pointwise layers compute at a time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,15 @@ class Hyperprior(nn.Module):
 
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:
         """Latent y [B, M, H/16, W/16] in quantisation steps, at quality `t` [B] in [0, 1]."""
-        f = self.enc_in(F.pixel_unshuffle(x, 8))
-        f = f * self.enc_modulation(t).to(f.dtype)
+        into, linear = (
+            _in_runs(layer.weight.flatten(1).t(), outer, 8).t()
+            for layer, outer in ((self.enc_in, 1), (self.enc_linear, 2))
+        )
+        factors = self.enc_modulation(t)
+        eighth = _gather(x, 8)
+        f = _by_strips(lambda x: _pointwise(x, into, self.enc_in.bias) * factors.to(x.dtype), eighth)
         f = self.enc_coarse(self.enc_down(self.enc_fine(f)))
-        y = self.enc_out(f) + self.enc_linear(F.pixel_unshuffle(x, STRIDE))
+        y = _by_strips(lambda f, x: self.enc_out(f) + _pointwise(_gather(x, 2), linear), f, eighth)
         return y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None])
 
     def analyse_hyper(self, y: Tensor) -> Tensor:
@@ -124,11 +132,24 @@ class Hyperprior(nn.Module):
         directly, so the large picture is never made.
         """
         y = y_hat * (self.dec_step(t) * base_step(t)[:, None, None, None])
-        f = self.dec_up(self.dec_coarse(self.dec_in(y)))
-        f = F.pixel_shuffle(f, 2)
-        f = self.dec_fine(f * self.dec_modulation(t).to(f.dtype))
-        fine, linear = _shuffled(f, self.dec_out, 8, scale), _shuffled(y, self.dec_linear, STRIDE, scale)
-        return (fine + linear).float()
+        assert self.dec_up.bias is not None
+        assert self.dec_out.bias is not None
+        up, out, linear = (
+            _in_runs(layer.weight.flatten(1), *shuffle)
+            for layer, shuffle in (
+                (self.dec_up, (1, 2)), (self.dec_out, (1, 8, scale)), (self.dec_linear, (2, 8, scale)),
+            )
+        )  # fmt: skip
+        up_bias, out_bias = _in_runs(self.dec_up.bias, 1, 2), _in_runs(self.dec_out.bias, 1, 8, scale)
+        factors = self.dec_modulation(t)
+        f = self.dec_coarse(self.dec_in(y))
+        f = _by_strips(lambda f: _spread(_pointwise(f, up, up_bias), 2) * factors.to(f.dtype), f)
+        f = self.dec_fine(f)
+
+        def draw(y: Tensor, f: Tensor) -> Tensor:
+            return _spread(_pointwise(f, out, out_bias) + _spread(_pointwise(y, linear), 2), 8 // scale)
+
+        return _by_strips(draw, y, f).float()
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -154,14 +175,44 @@ class Hyperprior(nn.Module):
         return latent / tables.MEAN_UNIT
 
 
-def _shuffled(x: Tensor, layer: nn.Conv2d, factor: int, scale: int) -> Tensor:
-    """`layer` followed by pixel shuffle by `factor` and the mean over scale x scale pixels, in one convolution."""
-    if scale == 1:
-        return F.pixel_shuffle(layer(x), factor)
-    side = factor // scale
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1x1 convolution by a matrix [outputs, inputs]."""
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
-    def mean(parameter: Tensor) -> Tensor:
-        return parameter.unflatten(0, (3, side, scale, side, scale)).mean((2, 4)).flatten(0, 2)
 
-    bias = None if layer.bias is None else mean(layer.bias)
-    return F.pixel_shuffle(F.conv2d(x, mean(layer.weight), bias), side)
+def _in_runs(parameter: Tensor, outer: int, inner: int, scale: int = 1) -> Tensor:
+    """Rows for pixel shuffle by outer * inner, reordered and reduced to the means over scale x scale pixels.
+
+    Rows (channel, row, column) as torch's pixel shuffle has them become (outer row, outer column, inner row,
+    inner column, channel): what goes side by side in a picture lies side by side, and a shuffle moves runs of memory.
+    """
+    side = inner // scale
+    parameter = parameter.unflatten(0, (-1, outer, side, scale, outer, side, scale)).mean((3, 6))
+    return parameter.movedim((1, 3, 2, 4, 0), (0, 1, 2, 3, 4)).flatten(0, 4)
+
+
+def _gather(x: Tensor, factor: int) -> Tensor:
+    """Pixel unshuffle into channels (row, column, channel)."""
+    batch, _, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(batch, height // factor, factor, width // factor, -1)
+    return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
+
+
+def _spread(x: Tensor, factor: int) -> Tensor:
+    """Pixel shuffle of channels (row, column, channel)."""
+    batch, _, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).unflatten(3, (factor, -1)).transpose(2, 3)
+    return x.reshape(batch, height * factor, width * factor, -1).permute(0, 3, 1, 2)
+
+
+def _by_strips(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function` of features whose rows do not depend on each other, in strips of rows that stay in the cache.
+
+    The first input is the coarsest: the heights of the others are multiples of its.
+    """
+    height, width = inputs[0].shape[2:]
+    if not torch.is_inference_mode_enabled() or inputs[0].is_cuda:
+        return function(*inputs)
+    rows = max(1, _STRIP // width)
+    strips = zip(*(x.split(rows * (x.shape[2] // height), 2) for x in inputs), strict=True)
+    return torch.cat([function(*strip) for strip in strips], 2)

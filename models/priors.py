@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.models import tables
-from calotype.models.exact import LIMIT, QuantConv, exact_matmul
+from calotype.models.exact import LIMIT, QuantConv, exact_matmul, round_clamp
 from calotype.models.quantizers import KNOTS
 
 HYPER_STRIDE = 4
@@ -44,6 +44,14 @@ class Request(NamedTuple):
 Coding = Generator[Request, Tensor, Tensor]
 
 
+class Condition(NamedTuple):
+    """Integers known before a latent is coded, made by `models.video`: added to the hyper features [B, hidden, H, W],
+    and pooled [B, hidden, ceil(H/4), ceil(W/4)] for the hyper-latent."""
+
+    features: Tensor
+    pooled: Tensor
+
+
 class Pass(NamedTuple):
     """Channels [start, stop) of the latent; parity 0 or 1 names one colour of the checkerboard, None means both."""
 
@@ -62,6 +70,11 @@ PASSES = (
 )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] as one row of channels per position, [B, H * W, C]; a view if channels are innermost in memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
 def checkerboard(height: int, width: int, parity: int | None, device: torch.device) -> Tensor:
     """Boolean [H, W]: the positions of a pass. Parity 0 holds the top left corner."""
     if parity is None:
@@ -69,6 +82,13 @@ def checkerboard(height: int, width: int, parity: int | None, device: torch.devi
     rows = torch.arange(height, device=device)[:, None]
     columns = torch.arange(width, device=device)[None]
     return (rows + columns) % 2 == parity
+
+
+def positions(height: int, width: int, parity: int | None, device: torch.device) -> Tensor | slice:
+    """Index of the positions of a pass among all, in raster order."""
+    if parity is None:
+        return slice(None)
+    return checkerboard(height, width, parity, device).flatten().nonzero()[:, 0]
 
 
 class ContextNet(nn.Module):
@@ -98,20 +118,34 @@ class ContextNet(nn.Module):
         with torch.no_grad():  # start at a scale of 1 step
             self.head.bias[:, channels:] = torch.log(torch.tensor(1 / tables.SCALE_MIN))
 
-    def forward(self, features: Tensor | None, known: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers (mean, table index), each [B, channels, H, W] in float32."""
+    def forward(
+        self, features: Tensor | None, known: Tensor | None, t: Tensor, where: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Integers (mean, table index), each [B, channels, H, W] in float32.
+
+        With `where`, an index of positions in raster order, only of those: [B, channels, 1, n].
+        """
         inputs = [] if features is None else [features]
         if self.reduce is not None and known is not None:
             inputs.append(self.reduce(known, t))
         x = self.enter(torch.cat(inputs, 1), t)
-        x = self.mix(self.spatial(x, t), t)
-        return _parameters(self.head(x, t))
+        x = self.spatial(x, t)
+        if isinstance(where, Tensor):
+            x = _rows(x)[:, where].transpose(1, 2)[:, :, None]
+        return _parameters(self.head(self.mix(x, t), t))
 
 
 def _parameters(head: Tensor) -> tuple[Tensor, Tensor]:
     mean, index = head.chunk(2, 1)
     limit = tables.MEAN_LIMIT
     return mean.clamp(-limit, limit), index.clamp(0, tables.SCALES - 1)
+
+
+def _shuffle(x: Tensor) -> Tensor:
+    """Pixel shuffle by 2, channels innermost in memory whatever the processor: torch's own is not on all of them."""
+    batch, channels, height, width = x.shape
+    x = x.view(batch, channels // 4, 2, 2, height, width).permute(0, 4, 2, 5, 3, 1)
+    return x.reshape(batch, 2 * height, 2 * width, channels // 4).permute(0, 3, 1, 2)
 
 
 class _LowerBound(torch.autograd.Function):
@@ -186,24 +220,31 @@ class Prior(nn.Module):
 
     def _features(self, z: Tensor, t: Tensor, height: int, width: int) -> Tensor:
         """Hyper-synthesis: integers [B, hidden, height, width] from hyper-latents in 1/8 steps."""
-        x = F.pixel_shuffle(self.up1(z, t), 2)
+        x = _shuffle(self.up1(z, t))
         x = self.up_mix(self.up_spatial(x, t), t)
-        x = F.pixel_shuffle(self.up2(x, t), 2)
+        x = _shuffle(self.up2(x, t))
         return self.up_out(x, t)[:, :, :height, :width]
 
-    def _hyper_first(self, z_shape: tuple[int, ...], t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _hyper_first(
+        self, z_shape: tuple[int, ...], t: Tensor, like: Tensor, pooled: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if pooled is not None:
+            return _parameters(self.hyper_first(pooled, t))
         batch, _, height, width = z_shape
         mean, index = _parameters(self.hyper_first(like.new_zeros(batch, 1, 1, 1), t))
         return mean.expand(-1, -1, height, width), index.expand(-1, -1, height, width)
 
     # Training ---------------------------------------------------------------------------------------------------------
 
-    def forward(self, z: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, y: Tensor, t: Tensor, condition: Condition | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rates and the quantised latent, differentiable.
 
         Args:
             z, y: hyper-latent and latent in quantisation steps.
             t: [B], quality in [0, 1].
+            condition: what is known before, for a prior that was made for it.
         Returns:
             y_hat [B, M, H, W], bits of y [B], bits of z [B]. In training mode the rates are those of uniform noise in
             place of rounding, in evaluation mode those of the symbols.
@@ -211,8 +252,10 @@ class Prior(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z, y = z.float(), y.float()
             t = torch.round(t * 64) / 64
-            z_hat, z_bits = self._rate_hyper(z, t)
+            z_hat, z_bits = self._rate_hyper(z, t, None if condition is None else condition.pooled)
             features = self._features(z_hat, t, *y.shape[2:])
+            if condition is not None:
+                features = round_clamp(features + condition.features, LIMIT)
             y_hat = torch.zeros_like(y)
             y_bits = y.new_zeros(y.shape[0])
             for p, context in zip(self.passes, self.contexts, strict=True):
@@ -238,15 +281,15 @@ class Prior(nn.Module):
             bits = gaussian_bits(symbol, index) * coded
         return (bits * mask).sum((1, 2, 3))
 
-    def _rate_hyper(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _rate_hyper(self, z: Tensor, t: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
         z_hat = torch.zeros_like(z)
         bits = z.new_zeros(z.shape[0])
         for parity in (0, 1):
             mask = checkerboard(z.shape[2], z.shape[3], parity, z.device)
             if parity == 0:
-                mean, index = self._hyper_first(tuple(z.shape), t, z)
+                mean, index = self._hyper_first(tuple(z.shape), t, z, pooled)
             else:
-                mean, index = self.hyper_second(None, z_hat, t)
+                mean, index = self.hyper_second(pooled, z_hat, t)
             offset = z - mean / HYPER_UNIT
             coded = index.detach() >= tables.SKIP
             symbol = (torch.floor(offset + 0.5) * coded).detach()
@@ -258,12 +301,20 @@ class Prior(nn.Module):
 
     # Coding -----------------------------------------------------------------------------------------------------------
 
-    def code(self, shape: tuple[int, int, int], level: Tensor, z: Tensor | None, y: Tensor | None) -> Coding:
+    def code(
+        self,
+        shape: tuple[int, int, int],
+        level: Tensor,
+        z: Tensor | None,
+        y: Tensor | None,
+        condition: Condition | None = None,
+    ) -> Coding:
         """Encode (z and y given, in quantisation steps) or decode (both None): the same steps over the same integers.
 
         Args:
             shape: (B, H, W) of the latent.
             level: [B] int64, quality level below `exact.LEVELS`.
+            condition: what is known before, for a prior that was made for it.
         Yields:
             `Request`s; each must be answered with the symbols [B, n] int32.
         Returns:
@@ -271,43 +322,56 @@ class Prior(nn.Module):
         """
         batch, height, width = shape
         device = level.device
-        z_shape = (batch, self.hyper, -(-height // HYPER_STRIDE), -(-width // HYPER_STRIDE))
-        z_hat = torch.zeros(z_shape, device=device)
+        rows, columns = -(-height // HYPER_STRIDE), -(-width // HYPER_STRIDE)
+        z_hat = torch.zeros(batch, rows, columns, self.hyper, device=device).permute(0, 3, 1, 2)
+        pooled = None if condition is None else condition.pooled
         for parity in (0, 1):
+            where = positions(rows, columns, parity, device)
             with exact_matmul(device):
                 if parity == 0:
-                    mean, index = self._hyper_first(z_shape, level, z_hat)
+                    first = None if pooled is None else _rows(pooled)[:, where].transpose(1, 2)[:, :, None]
+                    mean, index = self._hyper_first(
+                        (batch, self.hyper, 1, _rows(z_hat)[:, where].shape[1]), level, z_hat, first
+                    )
                 else:
-                    mean, index = self.hyper_second(None, z_hat, level)
-            mask = checkerboard(z_shape[2], z_shape[3], parity, device)
-            value = yield from _code_part(z, mean, index, mask, HYPER_UNIT)
-            z_hat[:, :, mask] = value.clamp(-LIMIT, LIMIT)
+                    mean, index = self.hyper_second(pooled, z_hat, level, where)
+            value = yield from _code_part(None if z is None else _rows(z)[:, where], mean, index, HYPER_UNIT)
+            _rows(z_hat)[:, where] = value.clamp(-LIMIT, LIMIT)
         with exact_matmul(device):
             features = self._features(z_hat, level, height, width)
-        y_hat = torch.zeros(batch, self.latent, height, width, device=device)
+            if condition is not None:
+                features = (features + condition.features).clamp_(-LIMIT, LIMIT)
+        y_hat = torch.zeros(batch, height, width, self.latent, device=device).permute(0, 3, 1, 2)
+        seen = torch.zeros_like(y_hat)
         for p, context in zip(self.passes, self.contexts, strict=True):
-            known = y_hat[:, : p.stop if p.parity == 1 else p.start]
+            where = positions(height, width, p.parity, device)
+            known = seen[:, : p.stop if p.parity == 1 else p.start]
             with exact_matmul(device):
-                mean, index = context(features, self._compand(known), level)
-            mask = checkerboard(height, width, p.parity, device)
-            part = None if y is None else y[:, p.start : p.stop]
-            value = yield from _code_part(part, mean, index, mask, tables.MEAN_UNIT)
-            y_hat[:, p.start : p.stop, mask] = value
+                mean, index = context(features, known, level, where)
+            part = None if y is None else _rows(y[:, p.start : p.stop])[:, where]
+            value = yield from _code_part(part, mean, index, tables.MEAN_UNIT)
+            _rows(y_hat)[:, where, p.start : p.stop] = value
+            _rows(seen)[:, where, p.start : p.stop] = self._compand(value)
         return y_hat
 
     def _compand(self, latent: Tensor) -> Tensor:
-        magnitude = latent.abs().clamp(max=tables.COMPAND_LIMIT).long()
-        return self.compand[magnitude].float() * latent.sign()
+        magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()
+        return self.compand.float().index_select(0, magnitude.flatten()).view_as(latent).mul_(latent.sign())
 
 
-def _code_part(
-    target: Tensor | None, mean: Tensor, index: Tensor, mask: Tensor, unit: int
-) -> Generator[Request, Tensor, Tensor]:
-    """Code the masked positions around integer means in 1/unit; returns their values [B, C, n] in 1/unit."""
-    mean, index = mean[:, :, mask], index[:, :, mask]
+def _code_part(target: Tensor | None, mean: Tensor, index: Tensor, unit: int) -> Generator[Request, Tensor, Tensor]:
+    """Code `target` [B, n, C] around integer means in 1/unit [B, C, 1, n]; returns its values [B, n, C] in 1/unit."""
+    mean, index = _rows(mean), _rows(index)
     symbols = None
     if target is not None:
-        nearest = torch.floor(target[:, :, mask] - mean / unit + 0.5).clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        symbols = (nearest * (index >= tables.SKIP)).to(torch.int32).flatten(1)
-    answer = yield Request(index.to(torch.uint8).flatten(1), symbols)
-    return mean + unit * answer.view(mean.shape).to(mean.device, torch.float32)
+        nearest = torch.floor(target - mean / unit + 0.5).clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        symbols = _request(nearest.mul_(index >= tables.SKIP), torch.int32)
+    answer = yield Request(_request(index, torch.uint8), symbols)
+    batch, count, channels = mean.shape
+    answer = answer.view(batch, channels, count).to(mean.device, torch.float32)
+    return torch.add(mean, answer.transpose(1, 2), alpha=unit)
+
+
+def _request(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, n, C] in the order of a request: [B, C * n]."""
+    return values.to(dtype).transpose(1, 2).flatten(1)

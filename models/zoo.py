@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from calotype.models.hyperprior import Hyperprior
+    from calotype.models.video import Video
 
 WEIGHTS = Path(__file__).parent / "weights"
 CARDS = Path(__file__).parent / "cards"
@@ -48,7 +49,13 @@ def _hyperprior(config: Mapping[str, Any]) -> Hyperprior:
     return Hyperprior(HyperpriorConfig(**config))
 
 
-ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {"hyperprior": _hyperprior}
+def _video(config: Mapping[str, Any]) -> Video:
+    from calotype.models.video import Video, VideoConfig
+
+    return Video(VideoConfig(**config))
+
+
+ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {"hyperprior": _hyperprior, "video": _video}
 
 
 def architecture(name: str, config: Mapping[str, Any] | None = None) -> nn.Module:
@@ -108,8 +115,11 @@ def verify_weights(name: str) -> None:
 
 
 @functools.cache
-def load(name: str, device: str = "cpu") -> Hyperprior:
-    """The network of a shipped model, ready to code on `device`. Raises WeightsError."""
+def load(name: str, device: str = "cpu") -> nn.Module:
+    """The network of a shipped model, of the class that its architecture names, ready to code on `device`.
+
+    Raises WeightsError.
+    """
     import torch
     from safetensors.torch import load as load_tensors
 
@@ -139,7 +149,7 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last
 
 
-def save(network: Hyperprior, path: Path) -> str:
+def save(network: Hyperprior | Video, path: Path) -> str:
     """Write the shipped form of a trained network: float16 transforms, integer entropy layers. Returns the SHA-256."""
     import torch
     from safetensors.torch import save as save_tensors
@@ -151,7 +161,7 @@ def save(network: Hyperprior, path: Path) -> str:
         if key.startswith("prior."):
             kind = {"weight": torch.int8, "bias": torch.int32}.get(key.rpartition(".")[2], value.dtype)
         else:
-            kind = torch.float16
+            kind = torch.float16 if value.is_floating_point() else value.dtype
         tensors[key] = value.to(kind).contiguous()
     data = save_tensors(tensors, {"config": json.dumps(asdict(network.config), sort_keys=True)})
     path.write_bytes(data)
@@ -159,7 +169,7 @@ def save(network: Hyperprior, path: Path) -> str:
 
 
 def load_parameters(network: nn.Module, path: Path) -> int:
-    """Take over parameters from a training checkpoint or from shipped weights (`.safetensors`).
+    """Take over parameters and tables from a training checkpoint or from shipped weights (`.safetensors`).
 
     Returns how many of the network's parameters were found; those of another shape are left as they are.
     """
@@ -174,13 +184,15 @@ def load_parameters(network: nn.Module, path: Path) -> int:
         integers = integerise(network)
         own = integers.state_dict()
         integers.load_state_dict({k: v.to(own[k].dtype) for k, v in load_file(path).items()})
-        found = dict(restore(network, integers).named_parameters()) | dict(integers.named_parameters())
+        tables = {k: v for k, v in integers.named_buffers() if not v.is_floating_point()}
+        found = {**tables, **dict(integers.named_parameters()), **dict(restore(network, integers).named_parameters())}
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("ema", state)
+        found = {**state["model"], **state["ema"]} if "ema" in state else state
     parameters = dict(network.named_parameters())
-    matching = {k: v for k, v in found.items() if k in parameters and parameters[k].shape == v.shape}
+    own = {**parameters, **dict(network.named_buffers())}
     with torch.no_grad():
-        for key, value in matching.items():
-            parameters[key].copy_(value)
-    return len(matching)
+        for key, value in own.items():
+            if key in found and found[key].shape == value.shape:
+                value.copy_(found[key])
+    return sum(key in found and found[key].shape == value.shape for key, value in parameters.items())

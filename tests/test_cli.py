@@ -639,7 +639,7 @@ def test_train_resume_and_export(tmp_path: Path, run: Run) -> None:
     shutil.copy(zoo.WEIGHTS / zoo.INDEX, tmp_path)
     tiny = {
         "train": tmp_path / "photos", "validation": tmp_path / "photos", "output": tmp_path / "run", "steps": 1,
-        "decay_steps": 1, "batch": 1, "crop": 64, "validation_photos": 1, "bf16": "false",
+        "decay_steps": 1, "batch": 1, "crop": 64, "validation_items": 1, "bf16": "false",
     }  # fmt: skip
 
     def train(**changes: object) -> Result:

@@ -158,7 +158,7 @@ def test_psnr_and_ms_ssim_are_those_of_their_packages() -> None:
     assert values["ms-ssim"] == float(ms_ssim(x, y, data_range=255))
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", [metric.name for metric in metrics.METRICS.values() if metric.group])
 def test_metrics_order_pictures(name: str) -> None:
     if reason := metrics.missing(name):
         pytest.skip(reason)
@@ -196,12 +196,15 @@ def test_specs() -> None:
     for wrong in ("gif", "jpeg:q10-90:8:9", "jpeg:q", "jp2:6", "jpeg:420:fine"):
         with pytest.raises(InputError):
             codecs.parse_spec(wrong)
-    for wrong in ("webp:9", "vvc:best", "jpeg:422"):
+    for wrong in ("webp:9", "vvc:best", "jpeg:422", "x264:medium"):
         with pytest.raises(InputError):
             codecs.parse_spec(wrong).open()
 
 
-@pytest.mark.parametrize("name", [*(name for name in codecs.FAMILIES if name != "calotype"), "jpeg:444", "heic:444"])
+STILLS = [family.name for family in codecs.FAMILIES.values() if family.medium == "still" and family.name != "calotype"]
+
+
+@pytest.mark.parametrize("name", [*STILLS, "jpeg:444", "heic:444"])
 def test_anchors_write_files_and_read_them(name: str, tmp_path: Path) -> None:
     spec = codecs.parse_spec(name)
     if reason := spec.missing():
@@ -341,6 +344,19 @@ def test_a_run_adds_codecs_metrics_and_repeats_what_changed(folder: Path, tmp_pa
     evaluate(folder, codecs.parse_specs(["jpeg:q20+50,webp:q50"]), out, Options(metrics=("psnr",), resume=True), note)
     assert seen == ["jpeg"]
     assert len(read_records(out / "records.jsonl")) == 6
+
+
+def test_points_of_an_older_codec_leave_the_curve(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    evaluate(folder, codecs.parse_specs(["webp:q50,jpeg:q20+35+50"]), out, Options(metrics=("psnr",)))
+    for name in ("run.json", "records.jsonl"):
+        text = (out / name).read_text()
+        changed = text.replace("quality=20,", "quality=20, older=True,")
+        assert changed != text
+        (out / name).write_text(changed)
+    found = evaluate(folder, codecs.parse_specs(["jpeg:q50"]), out, Options(metrics=("psnr",), resume=True))
+    assert [curve.name for curve in found.curves] == ["webp", "jpeg"]
+    assert [point.setting for point in found.curves[1].points] == [35, 50]
 
 
 def test_other_pictures_are_refused_and_failures_are_told(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ COMPRESSAI_KEYS: Mapping[str, str] = {"psnr": "psnr-rgb", "ms-ssim": "ms-ssim-rg
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: file bits per original pixel, raw metric values, seconds per picture."""
+    """One setting: file bits per original pixel, raw metric values, seconds per picture or clip; kbit/s of clips."""
 
     bpp: float
     metrics: Mapping[str, float | None]
@@ -28,11 +28,12 @@ class Point:
     encode_seconds: float | None = None
     decode_seconds: float | None = None
     megapixels: float | None = None
+    kbps: float | None = None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A codec on a data set: the mean over its pictures, and the points of each (none for published curves)."""
+    """A codec on a data set: the mean over its pictures or clips, and the points of each (none if published)."""
 
     name: str
     kind: Kind
@@ -70,6 +71,7 @@ def _mean_point(points: Sequence[Point]) -> Point:
         mean(point.encode_seconds for point in points),
         mean(point.decode_seconds for point in points),
         mean(point.megapixels for point in points),
+        mean(point.kbps for point in points),
     )
 
 
@@ -89,7 +91,7 @@ def curves_of_records(records: Iterable[Mapping[str, Any]], pictures: Sequence[s
             continue
         found[name][picture][setting] = Point(
             record["bpp"], record["metrics"], setting, record["encode_seconds"], record["decode_seconds"],
-            record["width"] * record["height"] / 1e6,
+            record["width"] * record["height"] * record.get("frames", 1) / 1e6, record.get("kbps"),
         )  # fmt: skip
     curves = []
     for name, by_picture in found.items():
@@ -107,6 +109,8 @@ def to_compressai(curve: Curve, description: str) -> dict[str, Any]:
     results: dict[str, list[float | None]] = {"bpp": [point.bpp for point in curve.points]}
     for metric in curve.metrics():
         results[COMPRESSAI_KEYS.get(metric, metric)] = [point.metrics.get(metric) for point in curve.points]
+    if curve.points and all(point.kbps is not None for point in curve.points):
+        results["kbps"] = [point.kbps for point in curve.points]
     results["encoding_time"] = [point.encode_seconds for point in curve.points]
     results["decoding_time"] = [point.decode_seconds for point in curve.points]
     return {"name": curve.name, "description": description, "results": results}
@@ -130,6 +134,7 @@ def from_compressai(data: Mapping[str, Any], kind: Kind, name: str = "") -> Curv
             {metric: None if values[i] is None else float(values[i]) for metric, values in metrics.items()},
             encode_seconds=columns["encoding_time"][i] if "encoding_time" in columns else None,
             decode_seconds=columns["decoding_time"][i] if "decoding_time" in columns else None,
+            kbps=columns["kbps"][i] if "kbps" in columns else None,
         )
         for i, rate in enumerate(bpp)
     ]

@@ -1,4 +1,4 @@
-"""A folder of pictures to measure on, and the fingerprint that says which pictures they were."""
+"""A folder of pictures or clips to measure on, and the fingerprint that says which they were."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from calotype.errors import InputError
+from calotype.evaluation import clips
+from calotype.evaluation.metrics import Medium
 from calotype.media import INPUT_SUFFIXES, Pixels, read_picture
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures of a folder: names relative to it, sorted; `fingerprint` is the sha256 of all names and contents."""
+    """Files of a folder: names relative to it, sorted; `fingerprint` is the sha256 of all names and contents.
+
+    `pictures` are clips if it was loaded as video.
+    """
 
     name: str
     folder: Path
@@ -23,17 +28,18 @@ class Dataset:
     fingerprint: str
 
     @classmethod
-    def load(cls, source: Path) -> Dataset:
-        """All pictures in and below a folder, or one picture file. Raises InputError."""
+    def load(cls, source: Path, medium: Medium = "still") -> Dataset:
+        """All pictures or videos in and below a folder, by their suffixes, or one file. Raises InputError."""
+        suffixes, what = (INPUT_SUFFIXES, "picture") if medium == "still" else (clips.SUFFIXES, "video")
         if source.is_file():
             folder, files = source.parent, [source]
         elif source.is_dir():
             folder = source
-            files = sorted(p for p in source.rglob("*") if p.is_file() and p.suffix.lower() in INPUT_SUFFIXES)
+            files = sorted(p for p in source.rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
         else:
-            raise InputError(f"{source} is neither a folder nor a picture")
+            raise InputError(f"{source} is neither a folder nor a {what} file")
         if not files:
-            raise InputError(f"{source} has no pictures ({', '.join(sorted(INPUT_SUFFIXES))})")
+            raise InputError(f"{source} has no {what}s ({', '.join(sorted(suffixes))})")
         digest = hashlib.sha256()
         names = sorted(path.relative_to(folder).as_posix() for path in files)
         for name in names:

@@ -1,4 +1,7 @@
-"""Picture quality, each measure by the package that defines or implements it; of 8-bit RGB pictures."""
+"""The measures of quality, and those of 8-bit RGB pictures, each by the package that defines or implements it.
+
+How clips are measured is in `video_metrics`.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,33 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from calotype.errors import InputError
 from calotype.evaluation import ffmpeg
 from calotype.media import Pixels
 
+Medium = Literal["still", "video"]
 Values = dict[str, float | None]
 """Metric name -> value; None where it has no finite value (identical pictures, a picture too small)."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure. `group` is the function that gives it; `scale` is how curves and BD-rates see it."""
+    """A measure. `scale` is how curves and BD-rates see it.
+
+    `group` is the function that gives it for pictures, `video_group` for clips; empty where it is not for them.
+    """
 
     name: str
     label: str
     group: str
     higher_is_better: bool = True
     scale: str = "linear"
+    video_group: str = ""
+
+    def group_for(self, medium: Medium) -> str:
+        return self.video_group if medium == "video" else self.group
 
     def scaled(self, value: float) -> float:
         """The value on the scale of plots and BD-rates, on which higher is better.
@@ -46,12 +58,15 @@ METRICS: Mapping[str, Metric] = {
     for metric in (
         Metric("psnr", "PSNR-RGB (dB)", "psnr"),
         Metric("ms-ssim", "MS-SSIM-RGB (dB)", "ms-ssim", scale="complement-db"),
+        Metric("psnr-yuv-611", "PSNR-YUV 6:1:1 (dB)", "libvmaf", video_group="planes"),
+        Metric("psnr-y", "PSNR-Y (dB)", "libvmaf", video_group="planes"),
+        Metric("psnr-u", "PSNR-U (dB)", "", video_group="planes"),
+        Metric("psnr-v", "PSNR-V (dB)", "", video_group="planes"),
+        Metric("ms-ssim-y", "MS-SSIM-Y (dB)", "", scale="complement-db", video_group="ms-ssim-y"),
         Metric("ssimulacra2", "SSIMULACRA2", "ssimulacra2"),
-        Metric("vmaf", "VMAF v0.6.1", "libvmaf"),
-        Metric("vmaf-neg", "VMAF NEG v0.6.1", "libvmaf"),
-        Metric("psnr-hvs", "PSNR-HVS-M (dB)", "libvmaf"),
-        Metric("psnr-y", "PSNR-Y BT.709 (dB)", "libvmaf"),
-        Metric("psnr-yuv-611", "PSNR-YUV 6:1:1 BT.709 (dB)", "libvmaf"),
+        Metric("vmaf", "VMAF v0.6.1", "libvmaf", video_group="libvmaf"),
+        Metric("vmaf-neg", "VMAF NEG v0.6.1", "libvmaf", video_group="libvmaf"),
+        Metric("psnr-hvs", "PSNR-HVS-M (dB)", "libvmaf", video_group="libvmaf"),
         Metric("feature-distance", "EfficientNet-Lite0 feature distance (-dB)", "feature-distance",
                higher_is_better=False, scale="negative-db"),
         Metric("lpips", "LPIPS AlexNet (-dB)", "lpips", higher_is_better=False, scale="negative-db"),
@@ -59,12 +74,19 @@ METRICS: Mapping[str, Metric] = {
 }  # fmt: skip
 
 
-def parse_metrics(texts: Iterable[str]) -> list[str]:
+_VIDEO_NAMES = {"psnr-yuv": "psnr-yuv-611", "ms-ssim": "ms-ssim-y"}
+"""What clips are measured with where the short name is asked for."""
+
+
+def parse_metrics(texts: Iterable[str], medium: Medium = "still") -> list[str]:
     """Metric names out of texts that may hold several separated by commas. Raises InputError."""
     names = [name for text in texts for name in (part.strip() for part in text.split(",")) if name]
+    if medium == "video":
+        names = [_VIDEO_NAMES.get(name, name) for name in names]
+    known = [metric.name for metric in METRICS.values() if metric.group_for(medium)]
     for name in names:
-        if name not in METRICS:
-            raise InputError(f"unknown metric {name!r}: use one of {', '.join(METRICS)}")
+        if name not in known:
+            raise InputError(f"unknown metric {name!r} of {medium}: use one of {', '.join(known)}")
     return list(dict.fromkeys(names))
 
 
@@ -101,6 +123,13 @@ def _ssimulacra2(reference: Pixels, decoded: Pixels) -> Values:
         return {"ssimulacra2": float(compute_ssimulacra2(*(str(path) for path in paths)))}
 
 
+LIBVMAF_MEASURES = (
+    "model='version=vmaf_v0.6.1\\:name=vmaf|version=vmaf_v0.6.1neg\\:name=vmaf_neg'"
+    ":feature='name=psnr|name=psnr_hvs':log_fmt=json"
+)
+"""Options of the filter libvmaf that give all we read from it; the caller adds log_path."""
+
+
 def _libvmaf(reference: Pixels, decoded: Pixels) -> Values:
     """One run of libvmaf gives them all: BT.709, limited range as the VMAF models were trained, 4:4:4."""
     height, width = reference.shape[:2]
@@ -109,10 +138,6 @@ def _libvmaf(reference: Pixels, decoded: Pixels) -> Values:
         "scale=out_color_matrix=bt709:out_range=tv:flags=lanczos+accurate_rnd+full_chroma_int,format=yuv444p,"
         "settb=AVTB,setpts=PTS-STARTPTS"
     )
-    measures = (
-        "model='version=vmaf_v0.6.1\\:name=vmaf|version=vmaf_v0.6.1neg\\:name=vmaf_neg'"
-        ":feature='name=psnr|name=psnr_hvs':log_fmt=json:log_path=log.json"
-    )
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "decoded.rgb").write_bytes(decoded.tobytes())
@@ -120,7 +145,8 @@ def _libvmaf(reference: Pixels, decoded: Pixels) -> Values:
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "1", "-i"]
         ffmpeg.run(
             [*raw, "decoded.rgb", *raw, "reference.rgb", "-lavfi",
-             f"[0:v]{convert}[d];[1:v]{convert}[r];[d][r]libvmaf={measures}", "-f", "null", "-"],
+             f"[0:v]{convert}[d];[1:v]{convert}[r];[d][r]libvmaf={LIBVMAF_MEASURES}:log_path=log.json",
+             "-f", "null", "-"],
             cwd=folder,
         )  # fmt: skip
         found = json.loads((folder / "log.json").read_text())["frames"][0]["metrics"]
@@ -168,7 +194,9 @@ _GROUPS: Mapping[str, Callable[[Pixels, Pixels], Values]] = {
 _PACKAGES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "psnr": (("skimage", "scikit-image"),),
     "ms-ssim": (("pytorch_msssim", "pytorch-msssim"),),
+    "ms-ssim-y": (("pytorch_msssim", "pytorch-msssim"),),
     "ssimulacra2": (("ssimulacra2", "ssimulacra2"),),
+    "planes": (("skimage", "scikit-image"),),
     "libvmaf": (),
     "feature-distance": (
         ("efficientnet_lite_pytorch", "efficientnet-lite-pytorch"),
@@ -179,9 +207,11 @@ _PACKAGES: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 
 @functools.cache
-def missing(name: str) -> str | None:
+def missing(name: str, medium: Medium = "still") -> str | None:
     """Why a metric cannot be measured here; None if it can."""
-    group = METRICS[name].group
+    group = METRICS[name].group_for(medium)
+    if not group:
+        return f"{name} is not a measure of {'video' if medium == 'video' else 'pictures'}"
     if group == "libvmaf":
         return ffmpeg.missing("filter", "libvmaf")
     for module, package in _PACKAGES[group]:

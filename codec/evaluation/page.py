@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from calotype import frames
+from calotype.errors import CalotypeError
 from calotype.evaluation.bdrate import BdSummary, Range
-from calotype.evaluation.codecs import opened, parse_spec
+from calotype.evaluation.clips import read_clip
+from calotype.evaluation.codecs import parse_spec
 from calotype.evaluation.curves import Curve
 from calotype.evaluation.dataset import Dataset
-from calotype.evaluation.metrics import METRICS
+from calotype.evaluation.measuring import Record, encoded_path, open_codec
+from calotype.evaluation.metrics import METRICS, Medium
 from calotype.evaluation.plots import colours, label
 from calotype.evaluation.report import clean, summary_json, warnings
-from calotype.evaluation.run import FILES, Record, Run, encoded_path
+from calotype.evaluation.run import FILES, Run
+from calotype.evaluation.still_codecs import StillCodec
 from calotype.media import Pixels
 
 Box = tuple[int, int, int, int]
@@ -50,47 +57,90 @@ def _nearest(records: Sequence[Record], bpp: float) -> Record:
     return min(records, key=lambda record: abs(math.log(record["bpp"] / bpp)))
 
 
-def viewer(
-    run: Run, dataset: Dataset, *, pictures: int = 4, rates: Sequence[float] = (0.25, 0.6), size: int = 256
-) -> list[dict[str, Any]]:
+def _frame(found: Iterable[frames.Frame], number: int, colour: frames.Colour) -> Pixels:
+    """One frame of a clip as RGB."""
+    rgb = frames.to_rgb(next(itertools.islice(found, number, None)), colour)
+    pixels: Pixels = (rgb[0].permute(1, 2, 0) + 0.5).mul(255).round().clamp(0, 255).byte().numpy()
+    return pixels
+
+
+class _Shown:
+    """A picture, or the frame in the middle of a clip, as it was and as codecs made it."""
+
+    def __init__(self, run: Run, dataset: Dataset, name: str) -> None:
+        self.run, self.name = run, name
+        self.clip = None
+        if run.medium == "video":
+            self.clip = read_clip(dataset.folder / name, run.manifest["dataset"]["frames"])
+            self.number = len(self.clip.frames) // 2
+            self.original = _frame(self.clip.frames, self.number, self.clip.colour)
+        else:
+            self.original = dataset.read(name)
+
+    def decoded(self, record: Record) -> Pixels | None:
+        """From the file that the run kept; None if it kept none, or if other versions of the codec cannot read it."""
+        spec = parse_spec(record["codec"])
+        codec = open_codec(spec, self.run.manifest["device"], 1)
+        path = encoded_path(self.run.folder / FILES, record["codec"], record["setting"], self.name, codec.suffix)
+        if not path.exists():
+            return None
+        with contextlib.suppress(CalotypeError):
+            if isinstance(codec, StillCodec):
+                return codec.decode(path, (self.original.shape[0], self.original.shape[1]))[0]
+            assert self.clip is not None
+            return _frame(codec.decode(path), self.number, self.clip.colour)
+        return None
+
+
+def _rates(records: Sequence[Record], medium: Medium) -> list[float]:
+    """Rates to show, in bpp: usual ones for pictures; a third and two thirds of what all codecs reach for a clip."""
+    if medium == "still":
+        return [0.25, 0.6]
+    by_codec: dict[str, list[float]] = {}
+    for record in records:
+        by_codec.setdefault(record["codec"], []).append(math.log(record["bpp"]))
+    if not by_codec:
+        return []
+    low, high = max(map(min, by_codec.values())), min(map(max, by_codec.values()))
+    return [round(math.exp(low + (high - low) * part / 3), 4) for part in (1, 2)]
+
+
+def viewer(run: Run, dataset: Dataset, *, pictures: int = 4, size: int = 256) -> list[dict[str, Any]]:
     """Crops for the page: for some pictures and rates, each codec's result nearest in rate, decoded from its file."""
     if pictures < 1:
         return []
     names = dataset.pictures
-    records = [record for record in run.records if not record.get("error")]
     places = np.linspace(0, len(names) - 1, min(pictures, len(names))).round().astype(int)
-    chosen = [names[place] for place in places]
     shown = []
-    for name in chosen:
-        original = dataset.read(name)
-        top, left, height, width = _busiest(original, size)
+    for name in (names[place] for place in places):
+        records = [record for record in run.records if not record.get("error") and record["picture"] == name]
+        if not records:
+            continue
+        source = _Shown(run, dataset, name)
+        top, left, height, width = _busiest(source.original, size)
         by_rate = []
-        for rate in rates:
+        for rate in _rates(records, run.medium):
             crops = []
             for curve in run.curves:
-                mine = [r for r in records if r["codec"] == curve.name and r["picture"] == name]
-                if not mine:
+                mine = [record for record in records if record["codec"] == curve.name]
+                record = _nearest(mine, rate) if mine else None
+                decoded = source.decoded(record) if record else None
+                if record is None or decoded is None:
                     continue
-                record = _nearest(mine, rate)
-                spec = parse_spec(curve.name)
-                codec = opened(spec, run.manifest["device"] if spec.learned else "cpu")
-                path = encoded_path(run.folder / FILES, curve.name, record["setting"], name, codec.suffix)
-                if not path.exists():
-                    continue
-                decoded, _ = codec.decode(path, (original.shape[0], original.shape[1]))
                 values = [
                     f"{METRICS[m].label.split(' (')[0]} {v:.4g}" for m, v in record["metrics"].items() if v is not None
                 ]
                 crops.append({
                     "codec": curve.name,
                     "image": _data_url(decoded[top : top + height, left : left + width]),
-                    "text": f"{record['bpp']:.3f} bpp · {' · '.join(values)}",
+                    "text": f"{record['bpp']:.3g} bpp · {' · '.join(values)}",
                 })  # fmt: skip
             if crops:
                 by_rate.append({"rate": rate, "crops": crops})
         if by_rate:
-            image = _data_url(original[top : top + height, left : left + width])
-            shown.append({"name": name, "width": width, "height": height, "original": image, "rates": by_rate})
+            image = _data_url(source.original[top : top + height, left : left + width])
+            title = name if source.clip is None else f"{name}, frame {source.number + 1}"
+            shown.append({"name": title, "width": width, "height": height, "original": image, "rates": by_rate})
     return shown
 
 
@@ -104,6 +154,7 @@ def _curve_data(curve: Curve, colour: str) -> dict[str, Any]:
         "points": [
             {
                 "bpp": p.bpp,
+                "kbps": p.kbps,
                 "setting": p.setting,
                 "values": {m: v for m, v in p.metrics.items() if v is not None},
                 "scaled": {m: METRICS[m].scaled(v) for m, v in p.metrics.items() if v is not None},

@@ -48,8 +48,8 @@ def load_runs(paths: Iterable[Path]) -> tuple[list[Curve], list[Run]]:
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What a reader of a comparison must know."""
     texts = []
-    if len({run.manifest["dataset"]["sha256"] for run in runs}) > 1:
-        texts.append("the runs are of different pictures: their curves cannot be compared")
+    if len({(run.manifest["dataset"]["sha256"], run.manifest["dataset"].get("frames")) for run in runs}) > 1:
+        texts.append("the runs are of different pictures or frames: their curves cannot be compared")
     for run in runs:
         if run.failures:
             texts.append(f"{run.name}: {len(run.failures)} measurements failed, the first: {run.failures[0]['error']}")
@@ -117,12 +117,13 @@ def comparison_json(
 
 
 def records_csv(runs: Sequence[Run]) -> str:
-    """One row a picture, codec and setting."""
+    """One row a picture or clip, codec and setting."""
+    extra = ("frames", "fps", "kbps", "bpp_payload") if any(run.medium == "video" for run in runs) else ()
     metrics = [name for name in METRICS if any(name in run.manifest["metrics"] for run in runs)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["run", "codec", "picture", "setting", "width", "height", "bytes", "bpp", *metrics,
+        ["run", "codec", "picture", "setting", "width", "height", *extra, "bytes", "bpp", *metrics,
          "encode_seconds", "decode_seconds", "error"]
     )  # fmt: skip
     for run in runs:
@@ -131,7 +132,7 @@ def records_csv(runs: Sequence[Run]) -> str:
             values = get("metrics") or {}
             writer.writerow(
                 [run.name, record["codec"], record["picture"], f"{record['setting']:g}", get("width"), get("height"),
-                 get("bytes"), get("bpp"), *(values.get(name) for name in metrics),
+                 *(get(name) for name in extra), get("bytes"), get("bpp"), *(values.get(name) for name in metrics),
                  get("encode_seconds"), get("decode_seconds"), get("error", "")]
             )  # fmt: skip
     return out.getvalue()
@@ -144,7 +145,7 @@ def headline(summaries: Sequence[BdSummary], learned: Sequence[str]) -> list[BdS
 
 
 def table_rows(summaries: Sequence[BdSummary]) -> list[tuple[str, ...]]:
-    """Cells for people: codec, metric, anchor, BD-rate with interval, of the mean curves, overlap, points, pictures."""
+    """Cells for people, under TABLE_HEAD."""
     rows: list[tuple[str, ...]] = []
     for s in summaries:
         interval = "" if math.isnan(s.low) else f" [{s.low:+.1f}, {s.high:+.1f}]"
@@ -159,8 +160,8 @@ def table_rows(summaries: Sequence[BdSummary]) -> list[tuple[str, ...]]:
 
 
 TABLE_HEAD = (
-    "codec", "metric", "against", "BD-rate, mean of pictures", "of mean curves", "BD-quality", "overlap", "points",
-    "pictures",
+    "codec", "metric", "against", "BD-rate, mean over the set", "of mean curves", "BD-quality", "overlap", "points",
+    "counted",
 )  # fmt: skip
 
 

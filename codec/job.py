@@ -1,0 +1,68 @@
+"""What is done with each file of a batch, wherever it is done: by this process or by a worker on another machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calotype.errors import CalotypeError, VerifyError
+from calotype.limits import DEFAULT_MAX_PIXELS
+from calotype.media import read_picture
+from calotype.rate import Target
+
+if TYPE_CHECKING:
+    from calotype.api import Codec, Encoded, Progress
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """An encoded file and the size of its picture in pixels."""
+
+    width: int
+    height: int
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """How files are encoded; the fields are those of `Codec.encode` and `read_picture`.
+
+    With `verify` a file is decoded again and checked.
+    """
+
+    model: str
+    quality: float
+    target: Target | None
+    tile: int
+    metadata: tuple[str, ...]
+    verify: bool
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def run(self, codec: Codec, source: Path | bytes, progress: Progress | None = None) -> EncodedPicture:
+        """Encode the picture in `source` with the codec of `model`.
+
+        Raises:
+            InputError, LimitError, TargetError; VerifyError if the result does not decode, whatever goes wrong.
+        """
+        picture = read_picture(source, max_pixels=self.max_pixels)
+        encoded = codec.encode(
+            picture,
+            quality=self.quality,
+            target=self.target,
+            tile=self.tile,
+            metadata=self.metadata,
+            progress=progress,
+        )
+        if self.verify:
+            _verify(codec, encoded.data)
+        return EncodedPicture(picture.width, picture.height, encoded)
+
+
+def _verify(codec: Codec, data: bytes) -> None:
+    try:
+        codec.verify(data, deep=True)
+    except VerifyError:
+        raise
+    except CalotypeError as error:
+        raise VerifyError(f"the encoded file does not decode, nothing was written: {error}") from error

@@ -1,0 +1,58 @@
+"""Training of the image model: random crops of photographs at random qualities."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
+from calotype.models.training.recipe import Recipe
+from calotype.models.training.tasks import Forward, Losses, Validation, loss_per_sample
+from calotype.models.zoo import architecture, load_parameters
+
+VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+
+
+class PhotoTask:
+    """Photographs for `hyperprior`. See `tasks.Task`."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
+        self.recipe, self.device = recipe, device
+        self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if recipe.start_from is not None:
+            load_parameters(self.model, recipe.start_from)
+        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
+        photos = find_photos(recipe.validation)
+        stride = max(1, len(photos) // recipe.validation_items)
+        self.photos = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_items]]
+
+    def losses(self, forward: Forward) -> Losses:
+        r = self.recipe
+        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
+        t = torch.rand(r.batch, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
+            out = forward(x, t)
+        bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
+        mse = (out.x_hat - x).square().mean((1, 2, 3))
+        return Losses(loss_per_sample(bpp, mse, t, r.rate_weighting).mean(), bpp.mean(), mse.mean())
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        """Estimated rate and 8-bit PSNR of the validation photographs; their sides are cut to multiples of 64."""
+        points, losses = [], []
+        for quality in VALIDATION_QUALITIES:
+            t = torch.tensor([quality], device=self.device)
+            rates, psnrs = [], []
+            for photo in self.photos:
+                x = photo[:, :, : photo.shape[2] // 64 * 64, : photo.shape[3] // 64 * 64].to(self.device)
+                out = self.model(x, t)
+                decoded = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
+                mse = (decoded - x).square().mean()
+                bpp = (out.latent_bits + out.hyper_bits) / (x.shape[2] * x.shape[3])
+                rates.append(bpp.item())
+                psnrs.append(-10 * math.log10(max(mse.item(), 1e-10)))
+                losses.append(loss_per_sample(bpp, mse[None], t, self.recipe.rate_weighting).item())
+            points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
+        return Validation(tuple(points), sum(losses) / len(losses))
