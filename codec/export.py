@@ -175,8 +175,6 @@ def _writable(name: str) -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         raise InputError(f"{name} cannot be written: {error}") from error
 
 

@@ -185,10 +185,10 @@ def load_parameters(network: nn.Module, path: Path) -> int:
         own = integers.state_dict()
         integers.load_state_dict({k: v.to(own[k].dtype) for k, v in load_file(path).items()})
         tables = {k: v for k, v in integers.named_buffers() if not v.is_floating_point()}
-        found = {**tables, **dict(integers.named_parameters()), **dict(restore(network, integers).named_parameters())}
+        found = {**tables, **dict(restore(network, integers).named_parameters()), **dict(integers.named_parameters())}
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = {**state["model"], **state["ema"]} if "ema" in state else state
+        found = {**state.get("model", {}), **state["ema"]} if "ema" in state else state
     parameters = dict(network.named_parameters())
     own = {**parameters, **dict(network.named_buffers())}
     with torch.no_grad():

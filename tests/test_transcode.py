@@ -434,6 +434,18 @@ def test_encoders_that_refuse_are_named(encoded: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class ClosedPipe(io.RawIOBase):
+    def write(self, data: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_goes_away_is_a_broken_pipe(clip: Path, encoded: Path) -> None:
+    with pytest.raises(BrokenPipeError):
+        export_video(encoded, ClosedPipe(), vcodec="rawvideo", format="yuv4mpegpipe", device="cpu")
+    with pytest.raises(BrokenPipeError):
+        encode_video(clip, ClosedPipe(), device="cpu")
+
+
 # Inspecting -------------------------------------------------------------------------------------------------------
 
 
