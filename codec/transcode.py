@@ -19,7 +19,7 @@ from calotype.parts import PartStore, fingerprint
 from calotype.publish import publish, refuse_existing
 from calotype.stream import StreamWriter
 from calotype.tracks import Surroundings, copied, in_order, readable, surroundings
-from calotype.video import DEFAULT_KEYINT, DEFAULT_QUALITY, VideoEncoder
+from calotype.video import DEFAULT_KEYINT, DEFAULT_QUALITY, RATE_TOLERANCE, VideoEncoder
 
 if TYPE_CHECKING:
     import av
@@ -187,7 +187,8 @@ def encode_video(
         resume: go on with the folder that an interrupted call with the same source and settings left.
         overwrite: replace an output that is there.
         jobs, device: see `VideoEncoder`.
-        warn: called with a sentence about each track that cannot be kept, before the encoding begins.
+        warn: called with a sentence about each track that cannot be kept, before the encoding begins, and about a
+            bitrate that was not used up.
     Raises:
         InputError, OutputExistsError, LimitError, ModelNotFoundError, TargetError.
     """
@@ -197,13 +198,17 @@ def encode_video(
     if resume and not (isinstance(source, Path) and isinstance(target, Path)):
         raise InputError("only an encoding from a file to a file can be resumed")
     summary = Summary()
+
+    def tell(note: str) -> None:
+        summary.notes.append(note)
+        if warn:
+            warn(note)
+
     with _open(source, name) as container:
         footage = Footage(container, settings, name)
         beside = surroundings(container, footage.stream, sound=settings.sound, format="matroska")
-        summary.notes = _losses(beside, source, target)
-        for note in summary.notes:
-            if warn:
-                warn(note)
+        for note in _losses(beside, source, target):
+            tell(note)
         summary.width, summary.height = footage.first.width, footage.first.height
         store = PartStore(target, _job(source, settings), resume=resume) if isinstance(target, Path) else None
         writer = None if isinstance(target, Path) else StreamWriter(target)
@@ -231,6 +236,8 @@ def encode_video(
         if writer:
             writer.close()
         rate, offset = footage.stream.average_rate, footage.offset
+    if settings.target_bitrate and summary.kbps * 1000 < settings.target_bitrate * (1 - RATE_TOLERANCE):
+        tell(f"the best quality gives {summary.kbps:.1f} kbit/s only, which is below the target")
     if store and isinstance(target, Path):
         assert encoder.config is not None
         finished = store.folder / f"output{target.suffix}"

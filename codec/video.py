@@ -38,7 +38,7 @@ DEFAULT_QUALITY = 60.0
 DEFAULT_KEYINT = 32
 MAX_KEYINT = 512
 RATE_TOLERANCE = 0.05
-"""A bitrate target is missed if the video is larger by more than this part."""
+"""A bitrate target is missed if the video is off it by more than this part."""
 
 
 # Encoding ---------------------------------------------------------------------------------------------------------
