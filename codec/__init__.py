@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from calotype.packet import Packet
     from calotype.rate import Target
     from calotype.video import FrameBatch, VideoDecoder, VideoEncoder
+    from calotype.video_info import VideoInfo, probe_video
 
 __version__ = version("calotype")
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "Target",
     "VideoDecoder",
     "VideoEncoder",
+    "VideoInfo",
     "decode",
     "encode",
     "probe",
+    "probe_video",
     "read_picture",
     "write_picture",
 ]
@@ -42,6 +45,7 @@ _HOMES = {
     "Picture": "media", "read_picture": "media", "write_picture": "media",
     "Target": "rate",
     "Packet": "packet", "FrameBatch": "video", "VideoDecoder": "video", "VideoEncoder": "video",
+    "VideoInfo": "video_info", "probe_video": "video_info",
 }  # fmt: skip
 
 

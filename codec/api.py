@@ -22,7 +22,8 @@ from calotype.rate import QUALITY_STEPS, Target
 if TYPE_CHECKING:
     import torch
 
-    from calotype.picture import Box, DecodeJob, PictureCoder, Stopwatch
+    from calotype.picture import Box, DecodeJob, PictureCoder
+    from calotype.stopwatch import Stopwatch
 
 DEFAULT_MODEL = "hyperprior"
 DEFAULT_QUALITY = 60.0
@@ -154,7 +155,7 @@ class Codec:
         Raises:
             InputError for arguments out of range, LimitError, TargetError.
         """
-        from calotype.picture import Stopwatch
+        from calotype.stopwatch import Stopwatch
 
         if not 0 <= quality <= 100:
             raise InputError(f"quality must be 0 to 100, got {quality:g}")
@@ -224,7 +225,7 @@ class Codec:
         Raises:
             FormatError and its kinds, LimitError, ModelNotFoundError, DriftError, InputError for bad arguments.
         """
-        from calotype.picture import Stopwatch
+        from calotype.stopwatch import Stopwatch
 
         if scale not in SCALES:
             raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
@@ -350,7 +351,8 @@ class Codec:
 
     def symbol_hash(self, data: bytes) -> str:
         """SHA-256 of all decoded symbols in raster order of the tiles: equal on every machine."""
-        from calotype.picture import Stopwatch, symbol_digest
+        from calotype.picture import symbol_digest
+        from calotype.stopwatch import Stopwatch
 
         still = container.read_still(data)
         parts: dict[int, list[bytes]] = {}

@@ -9,35 +9,33 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calotype import planes
+from calotype import planes, symbols
 from calotype.api import DEFAULT_MODEL, pick_device
-from calotype.entropy import Decoder, Encoder, SymbolTables
-from calotype.errors import DriftError, FormatError, ModelNotFoundError
+from calotype.entropy import SymbolTables
+from calotype.errors import FormatError, ModelNotFoundError
 from calotype.frames import Colour, Frame, gray
 from calotype.models import tables, zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
-from calotype.models.priors import Request
 from calotype.models.quantizers import QUALITY_STEPS, lagrangian
 from calotype.models.video import Memory, Video
 from calotype.packet import VideoFormat
-from calotype.symbols import drive, symbols_crc
+from calotype.stopwatch import Stopwatch
 
 INTRA, INTER = 0, 1
 """Types of frames: coded like a still picture, or predicted from the frame before."""
 VIDEO_MODEL = "video"
-_HEAD = struct.Struct("<BHI")
+_HEAD = struct.Struct("<BH")
 EXTRAPOLATED = 3
 """So many lost frames in a row go on moving; then the picture stands still."""
 _T = TypeVar("_T")
-_Coding = Generator[Request, Tensor, _T]
 
 
 def video_format(width: int, height: int, colour: Colour, quality: int) -> VideoFormat:
@@ -85,6 +83,7 @@ class _Chain:
     def __init__(self, format: VideoFormat, device: str) -> None:
         self.format = format
         self.device = pick_device(device)
+        self.watch = Stopwatch(self.device)
         self.image, self.image_tables = _image(format.intra_weights, format.intra_model, str(self.device))
         self.reference: Planes | None = None
 
@@ -141,18 +140,18 @@ class GopEncoder(_Chain):
         shape = (1, *self.format.latent_shape)
         if key or self.reference is None:
             y = self.image.analyse(planes.to_rgb(x, self.format.colour), t)
-            check, symbols, latent = _write(self.image.code(shape, integer, y), self.image_tables)
+            (payload,), latent = symbols.write(self.image.code(shape, integer, y), self.image_tables, 1, self.watch)
             self.shown = self._after_key(latent, t)
-            return _HEAD.pack(INTRA, step, check) + symbols
+            return _HEAD.pack(INTRA, step) + payload
         source = Reference(self.reference)
         field = search(x.luma, source, _search_cost(t), self.field)
         prediction = compensate(source, field)
         context = self.video.context(prediction)
         y = self.video.analyse(x, prediction, context, t)
         coding = self.video.code(shape, integer, self.memory, self.field, field, y)
-        check, symbols, (field, latent) = _write(coding, self.video_tables)
+        (payload,), (field, latent) = symbols.write(coding, self.video_tables, 1, self.watch)
         self.shown = self._after_inter(latent, field, prediction, context, t)
-        return _HEAD.pack(INTER, step, check) + symbols
+        return _HEAD.pack(INTER, step) + payload
 
 
 def _search_cost(t: Tensor) -> float:
@@ -171,7 +170,7 @@ class GopDecoder(_Chain):
         self, format: VideoFormat, device: str = "auto", *, symbols_seen: Callable[[bytes], None] | None = None
     ) -> None:
         super().__init__(format, device)
-        self._symbols_seen = symbols_seen
+        self._seen = symbols_seen and (lambda place, run: symbols_seen(run))
         self._lost = 0
 
     @torch.inference_mode()
@@ -179,20 +178,20 @@ class GopDecoder(_Chain):
         """The next frame. Raises FormatError for damaged data, DriftError for symbols that are not the encoder's."""
         if len(payload) < _HEAD.size:
             raise FormatError("a frame is too short: the video is damaged")
-        kind, quality, check = _HEAD.unpack_from(payload)
+        kind, quality = _HEAD.unpack_from(payload)
         if kind not in (INTRA, INTER) or quality > QUALITY_STEPS:
             raise FormatError(f"a frame of unknown type {kind} or quality {quality}: the video is damaged or too new")
         integer, t = self._quality(quality)
         shape = (1, *self.format.latent_shape)
-        symbols = payload[_HEAD.size :]
+        data = payload[_HEAD.size :]
         if kind == INTRA:
-            latent = self._read(self.image.code(shape, integer), self.image_tables, symbols, check)
+            latent = self._read(self.image.code(shape, integer), self.image_tables, data)
             frame = self._after_key(latent, t)
         else:
             if self.reference is None or self._lost:
                 raise FormatError("a predicted frame whose reference is missing: decode from a key frame on")
             coding = self.video.code(shape, integer, self.memory, self.field)
-            field, latent = self._read(coding, self.video_tables, symbols, check)
+            field, latent = self._read(coding, self.video_tables, data)
             prediction = compensate(Reference(self.reference), field)
             frame = self._after_inter(latent, field, prediction, self.video.context(prediction), t)
         self._lost = 0
@@ -208,39 +207,5 @@ class GopDecoder(_Chain):
         self._lost += 1
         return planes.to_frame(self.reference, self.format.width, self.format.height)
 
-    def _read(self, coding: _Coding[_T], table: SymbolTables, data: bytes, check: int) -> _T:
-        decoder = Decoder(table, data)
-        found = 0
-
-        def answer(request: Request) -> Tensor:
-            nonlocal found
-            symbols = decoder.pull(request.tables[0].cpu().numpy())
-            found = symbols_crc(symbols, found)
-            if self._symbols_seen:
-                self._symbols_seen(symbols.astype("<i4").tobytes())
-            return torch.from_numpy(symbols)[None].to(self.device)
-
-        result = drive(coding, answer)
-        if found != check:
-            raise DriftError(
-                "a frame decoded to other symbols than were encoded although its bytes are intact: this device or "
-                "library computes wrongly; try --device cpu and report it"
-            )
-        return result
-
-
-def _write(coding: _Coding[_T], table: SymbolTables) -> tuple[int, bytes, _T]:
-    """CRC-32 of the symbols, their range-coded bytes, and what the coding returns."""
-    encoder = Encoder(table)
-    check = 0
-
-    def answer(request: Request) -> Tensor:
-        nonlocal check
-        assert request.symbols is not None
-        symbols = request.symbols[0].cpu().numpy()
-        encoder.push(request.tables[0].cpu().numpy(), symbols)
-        check = symbols_crc(symbols, check)
-        return request.symbols
-
-    result = drive(coding, answer)
-    return check, encoder.finish(), result
+    def _read(self, coding: symbols.Coding[_T], table: SymbolTables, data: bytes) -> _T:
+        return symbols.read(coding, table, [data], ["a frame"], self.watch, device=self.device, seen=self._seen)

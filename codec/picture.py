@@ -8,11 +8,7 @@ of the whole picture, whatever the tiles are.
 from __future__ import annotations
 
 import hashlib
-import struct
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calotype.entropy import Decoder, Encoder, SymbolTables
+from calotype import symbols
+from calotype.entropy import SymbolTables
 from calotype.errors import DriftError, FormatError
 from calotype.models import tables
 from calotype.models.hyperprior import STRIDE, Hyperprior
-from calotype.models.priors import Coding, Request
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.zoo import layout
+from calotype.stopwatch import Stopwatch
 
 WINDOW = 2048 // STRIDE
 """Side of a window in latent positions."""
-_CRC = struct.Struct("<I")
 Progress = Callable[[float], None]
 
 
@@ -81,22 +77,6 @@ def grid(area: Box, side: int) -> list[Box]:
         for y in range(area.top // side * side, area.bottom, side)
         for x in range(area.left // side * side, area.right, side)
     ]
-
-
-class Stopwatch:
-    """Seconds per stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 @dataclass
@@ -163,7 +143,10 @@ class PictureCoder:
         done = 0
         for numbers in self._batches([b.shape for b in boxes]):
             y = torch.cat([latent[(..., *boxes[n].slices)] for n in numbers]).to(self.device)
-            for n, payload in zip(numbers, self._encode_tiles(y, quality, watch), strict=True):
+            quality_integers = self._quality(quality)[0].expand(len(numbers))
+            coding = self.network.code((len(numbers), *y.shape[2:]), quality_integers, y)
+            coded, _ = symbols.write(coding, self.tables, len(numbers), watch)
+            for n, payload in zip(numbers, coded, strict=True):
                 payloads[n] = payload
             done += len(numbers)
             if progress:
@@ -214,25 +197,6 @@ class PictureCoder:
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
         return x.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout)
-
-    def _encode_tiles(self, y: Tensor, quality: int, watch: Stopwatch) -> list[bytes]:
-        batch = y.shape[0]
-        encoders = [Encoder(self.tables) for _ in range(batch)]
-        checks = [0] * batch
-
-        def answer(request: Request) -> Tensor:
-            assert request.symbols is not None
-            with watch("entropy"):
-                indexes = request.tables.cpu().numpy()
-                symbols = request.symbols.cpu().numpy()
-                for i, encoder in enumerate(encoders):
-                    encoder.push(indexes[i], symbols[i])
-                    checks[i] = _crc(symbols[i], checks[i])
-            return request.symbols
-
-        quality_integers = self._quality(quality)[0].expand(batch)
-        _run(self.network.code((batch, *y.shape[2:]), quality_integers, y), answer, watch)
-        return [_CRC.pack(check) + encoder.finish() for check, encoder in zip(checks, encoders, strict=True)]
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 
@@ -290,31 +254,32 @@ class PictureCoder:
     def _decode_together(
         self, job: DecodeJob, payloads: dict[int, bytes | memoryview], shape: tuple[int, int]
     ) -> dict[int, Tensor]:
-        if min(map(len, payloads.values())) < _CRC.size:
-            raise FormatError("a tile is too short: the file is damaged")
-        expected = [_CRC.unpack_from(p)[0] for p in payloads.values()]
-        decoders = [Decoder(self.tables, p[_CRC.size :]) for p in payloads.values()]
-        checks = [0] * len(payloads)
+        numbers = list(payloads)
 
-        def answer(request: Request) -> Tensor:
-            with job.watch("entropy"):
-                indexes = request.tables.cpu().numpy()
-                symbols = np.stack([d.pull(indexes[i]) for i, d in enumerate(decoders)])
-                for i, number in enumerate(payloads):
-                    checks[i] = _crc(symbols[i], checks[i])
-                    if job.symbols_seen:
-                        job.symbols_seen(number, symbols[i].astype("<i4").tobytes())
-            return torch.from_numpy(symbols).to(self.device)
+        def seen(place: int, run: bytes) -> None:
+            if job.symbols_seen:
+                job.symbols_seen(numbers[place], run)
 
-        quality = self._quality(job.quality)[0].expand(len(payloads))
-        latent = _run(self.network.code((len(payloads), *shape), quality), answer, job.watch)
-        for number, check, wanted in zip(payloads, checks, expected, strict=True):
-            if check != wanted:
-                raise DriftError(
-                    f"tile {number} decoded to other symbols than were encoded although its bytes are intact: "
-                    "this device or library computes wrongly; try --device cpu and report it"
-                )
-        return dict(zip(payloads, latent, strict=True))
+        latent = self.decode_together(
+            list(payloads.values()), [f"tile {number}" for number in numbers], [job.quality] * len(numbers), shape,
+            job.watch, seen if job.symbols_seen else None,
+        )  # fmt: skip
+        return dict(zip(numbers, latent, strict=True))
+
+    @torch.inference_mode()
+    def decode_together(
+        self,
+        payloads: Sequence[bytes | memoryview],
+        names: Sequence[str],
+        qualities: Sequence[int],
+        shape: tuple[int, int],
+        watch: Stopwatch,
+        seen: Callable[[int, bytes], None] | None = None,
+    ) -> Tensor:
+        """Latents [B, M, h, w] in 1/64 steps of tiles of one `shape`; see `symbols.read`."""
+        quality = torch.tensor(qualities, device=self.device)
+        coding = self.network.code((len(payloads), *shape), quality)
+        return symbols.read(coding, self.tables, payloads, names, watch, device=self.device, seen=seen)
 
     def _synthesise(
         self,
@@ -357,23 +322,6 @@ def _conceal(canvas: Tensor, lost: Sequence[Box]) -> None:
         good[box.slices] = False
     if good.any():
         canvas[:, :, ~good] = canvas[:, :, good].mean(2, keepdim=True)
-
-
-def _run(coding: Coding, answer: Callable[[Request], Tensor], watch: Stopwatch) -> Tensor:
-    """Drive a model's coding generator with a coder's answers."""
-    try:
-        with watch("prior"):
-            request = next(coding)
-        while True:
-            symbols = answer(request)
-            with watch("prior"):
-                request = coding.send(symbols)
-    except StopIteration as stop:
-        return stop.value
-
-
-def _crc(symbols: npt.NDArray[np.int32], start: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(symbols, "<i4").data, start)
 
 
 def symbol_digest(parts: dict[int, list[bytes]]) -> str:

@@ -32,7 +32,8 @@ from calotype.api import Codec
 from calotype.media import Picture
 from calotype.models.exact import IntConv
 from calotype.models.hyperprior import Hyperprior
-from calotype.picture import Box, DecodeJob, PictureCoder, Stopwatch, symbol_digest
+from calotype.picture import Box, DecodeJob, PictureCoder, symbol_digest
+from calotype.stopwatch import Stopwatch
 
 QUALITIES = (5, 45, 90)
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -98,7 +98,7 @@ def test_reference_decoder_agrees_on_escapes(reference: reference_decoder.Decode
             super()._push_escaped(values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calotype.picture.Encoder", Counting)
+        patch.setattr("calotype.symbols.Encoder", Counting)
         data = codec.encode(Picture(pixels), quality=100).data
     assert met > 0
     check(reference, codec, data)

@@ -21,7 +21,8 @@ from calotype.models.blocks import Block
 from calotype.models.exact import integerise
 from calotype.models.hyperprior import STRIDE, Hyperprior
 from calotype.models.priors import Coding
-from calotype.picture import Box, DecodeJob, PictureCoder, Stopwatch, grid
+from calotype.picture import Box, DecodeJob, PictureCoder, grid
+from calotype.stopwatch import Stopwatch
 
 Make = Callable[..., Picture]
 Pixels = npt.NDArray[np.uint8]

@@ -225,7 +225,7 @@ def test_estimated_bits_are_the_bytes_of_the_file(
                     bits += math.log2(18) + math.floor(math.log2(over)) + 1
             super().push(tables_, symbols)
 
-    monkeypatch.setattr("calotype.picture.Encoder", Recording)
+    monkeypatch.setattr("calotype.symbols.Encoder", Recording)
     data = codec.encode(large_photo, quality=quality).data
     assert len(data) > FIXED + 1000
     assert escapes < 500

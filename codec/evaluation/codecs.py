@@ -15,6 +15,7 @@ from calotype.evaluation import ffmpeg
 from calotype.evaluation.metrics import Medium
 from calotype.evaluation.still_codecs import (
     CalotypeCodec,
+    StillCodec,
     VvcCodec,
     avif_opener,
     heic_missing,
@@ -26,10 +27,6 @@ from calotype.evaluation.still_codecs import (
     open_jxl,
     open_webp,
 )
-from calotype.evaluation.still_codecs import PillowCodec as PillowCodec
-from calotype.evaluation.still_codecs import Seconds as Seconds
-from calotype.evaluation.still_codecs import Size as Size
-from calotype.evaluation.still_codecs import StillCodec as StillCodec
 from calotype.evaluation.video_codecs import ENCODERS, CalotypeVideoCodec, FfmpegVideoCodec, VideoCodec
 
 DEFAULT_KEYINT = 32

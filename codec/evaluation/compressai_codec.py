@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from calotype.errors import InputError
-from calotype.evaluation.codecs import Seconds, Size, StillCodec
+from calotype.evaluation.still_codecs import Seconds, Size, StillCodec
 from calotype.media import Pixels
 
 FOLDER_VARIABLE = "CALOTYPE_COMPRESSAI_WEIGHTS"

@@ -13,7 +13,8 @@ from PIL import Image
 
 from calotype.api import psnr
 from calotype.errors import TargetError
-from calotype.evaluation.codecs import FAMILIES, PillowCodec
+from calotype.evaluation.codecs import FAMILIES
+from calotype.evaluation.still_codecs import PillowCodec
 from calotype.media import Picture
 
 Format = Literal["avif", "webp", "jpeg"]
