@@ -29,7 +29,7 @@ def info(ctx: click.Context, *, inputs: tuple[Path, ...], with_chunks: bool, as_
     def look(path: Path) -> tuple[dict[str, Any], str]:
         video, data = _content(path)
         if video is not None:
-            from calotype.video_info import probe_video
+            from calotype.video.info import probe_video
 
             fields = probe_video(video).model_dump()
             return fields, info_text(fields)
@@ -62,7 +62,7 @@ def verify(ctx: click.Context, *, inputs: tuple[Path, ...], deep: bool, as_json:
     def check(path: Path) -> tuple[dict[str, Any], str]:
         video, data = _content(path)
         if video is not None:
-            from calotype.video_info import verify_video
+            from calotype.video.info import verify_video
 
             count = verify_video(video, deep=deep, device=device)
             return {"bytes": len(data) or path.stat().st_size, "deep": deep, "frames": count}, "ok"
@@ -77,7 +77,7 @@ def verify(ctx: click.Context, *, inputs: tuple[Path, ...], deep: bool, as_json:
 
 def _content(path: Path) -> tuple[Path | bytes | None, bytes]:
     """A video to read, if it is one, and the bytes of anything else and of standard input."""
-    from calotype.timeline import is_video
+    from calotype.video.timeline import is_video
 
     if is_video_file(path):
         return path, b""

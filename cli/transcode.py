@@ -108,7 +108,7 @@ def transcode(
     writing = sys.stdout.buffer if output == STREAM else output
     with frame_progress(settings, bar=bar) as progress:
         if vcodec is not None:
-            from calotype.export import export_video
+            from calotype.video.export import export_video
 
             _refuse(ctx, ("quality", "target_bitrate", "keyint", "scene_cuts", "start", "frames", "resume", "jobs_"))
             if output == STREAM or output.suffix.lower() not in ENCODERS:
@@ -120,8 +120,8 @@ def transcode(
             )  # fmt: skip
             record, line = exported_record(made), exported_line(made)
         else:
-            from calotype.transcode import Settings as Encoding
-            from calotype.transcode import encode_video
+            from calotype.video.transcode import Settings as Encoding
+            from calotype.video.transcode import encode_video
 
             if crf is not None or allow_partial:
                 raise click.UsageError("--crf and --allow-partial belong to --vcodec.")

@@ -16,7 +16,7 @@ from calotype.cli.console import Settings, check_interrupt, file_size, print_jso
 from calotype.cli.options import BatchOptions
 
 if TYPE_CHECKING:
-    from calotype.export import Exported, Progress
+    from calotype.video.export import Exported, Progress
 
 STREAM = Path("-")
 ENCODERS = {
@@ -32,7 +32,7 @@ Y4M = "yuv4mpegpipe"
 
 def is_video_file(path: Path) -> bool:
     """Whether a file is a Calotype video, by its content."""
-    from calotype.timeline import is_video, read_head
+    from calotype.video.timeline import is_video, read_head
 
     return path.is_file() and is_video(read_head(path))
 
@@ -111,7 +111,7 @@ class VideoDecode:
 
     def run(self, settings: Settings) -> tuple[dict[str, Any], str] | None:
         """Decode; gives the fields of the result and a line, or None if the output was there and is to be kept."""
-        from calotype.export import export_pictures, export_video
+        from calotype.video.export import export_pictures, export_video
 
         output = self.batch.output
         if output is None:

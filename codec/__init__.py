@@ -1,4 +1,4 @@
-"""Calotype: a neural image codec. `import calotype` is light; the networks load on first use."""
+"""Calotype: a neural codec of pictures and video. `import calotype` is light; the networks load on first use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from calotype.api import Codec, Decoded, Encoded, decode, encode
     from calotype.container import ImageInfo, probe
     from calotype.media import Picture, read_picture, write_picture
-    from calotype.packet import Packet
     from calotype.rate import Target
-    from calotype.video import FrameBatch, VideoDecoder, VideoEncoder
-    from calotype.video_info import VideoInfo, probe_video
+    from calotype.video.decoder import FrameBatch, VideoDecoder
+    from calotype.video.encoder import VideoEncoder
+    from calotype.video.info import VideoInfo, probe_video
+    from calotype.video.packet import Packet
 
 __version__ = version("calotype")
 __all__ = [
@@ -44,8 +45,8 @@ _HOMES = {
     "ImageInfo": "container", "probe": "container",
     "Picture": "media", "read_picture": "media", "write_picture": "media",
     "Target": "rate",
-    "Packet": "packet", "FrameBatch": "video", "VideoDecoder": "video", "VideoEncoder": "video",
-    "VideoInfo": "video_info", "probe_video": "video_info",
+    "Packet": "video.packet", "FrameBatch": "video.decoder", "VideoDecoder": "video.decoder",
+    "VideoEncoder": "video.encoder", "VideoInfo": "video.info", "probe_video": "video.info",
 }  # fmt: skip
 
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from calotype.errors import DriftError, FormatError, ModelNotFoundError
-from calotype.frames import Colour, Frame
-from calotype.gop import GopDecoder, GopEncoder, video_format
-from calotype.packet import VideoFormat
-from calotype.planes import from_rgb, to_frame, to_planes, to_rgb
+from calotype.video.frames import Colour, Frame
+from calotype.video.gop import GopDecoder, GopEncoder, video_format
+from calotype.video.packet import VideoFormat
+from calotype.video.planes import from_rgb, to_frame, to_planes, to_rgb
 
 COLOUR = Colour("bt601")
 QUALITY = 350

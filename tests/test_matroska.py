@@ -12,13 +12,14 @@ import av
 import pytest
 from video_clips import make_clip, packets, pan
 
-from calotype import VideoDecoder, VideoEncoder, matroska, tracks
+from calotype import VideoDecoder, VideoEncoder
 from calotype.errors import CalotypeError, FormatError, InputError, TruncatedError
-from calotype.matroska import MatroskaReader, MatroskaWriter
-from calotype.packet import FramePacket, Packet
-from calotype.timeline import timeline
-from calotype.tracks import Attachment, Surroundings
-from calotype.transcode import Settings, encode_video
+from calotype.video import matroska, tracks
+from calotype.video.matroska import MatroskaReader, MatroskaWriter
+from calotype.video.packet import FramePacket, Packet
+from calotype.video.timeline import timeline
+from calotype.video.tracks import Attachment, Surroundings
+from calotype.video.transcode import Settings, encode_video
 
 SIZE = (96, 64)
 BASE = Fraction(1, 12800)

@@ -20,11 +20,12 @@ import pytest
 from PIL import Image
 from video_clips import luma, make_clip, packets, pan, psnr, times
 
-from calotype import VideoDecoder, parts, video
+from calotype import VideoDecoder
 from calotype.cli import main
 from calotype.errors import InputError, OutputExistsError
-from calotype.export import export_video, upright
-from calotype.transcode import Settings, encode_video
+from calotype.video import encoder, parts
+from calotype.video.export import export_video, upright
+from calotype.video.transcode import Settings, encode_video
 
 SIZE = (160, 96)
 VARYING = [0, 400, 1024, 1025, 2048, 2560, 5000, 5512, 6024, 6536, 7048, 7560]
@@ -243,13 +244,13 @@ def interrupt(clip: Path, out: Path, at: int, settings: Settings = Settings(qual
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of each group that is encoded."""
     seen: list[int] = []
-    original = video.encode_gop
+    original = encoder.encode_gop
 
-    def encode_gop(config: Any, gop: video.Gop, *rest: Any) -> Any:
+    def encode_gop(config: Any, gop: encoder.Gop, *rest: Any) -> Any:
         seen.append(gop.number)
         return original(config, gop, *rest)
 
-    monkeypatch.setattr(video, "encode_gop", encode_gop)
+    monkeypatch.setattr(encoder, "encode_gop", encode_gop)
     return seen
 
 

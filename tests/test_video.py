@@ -20,8 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from video_clips import pan, psnr
 
-from calotype import VideoDecoder, VideoEncoder, bitrate, frames, video
-from calotype.bitrate import DELAY, BitrateControl, Budget
+from calotype import VideoDecoder, VideoEncoder
 from calotype.errors import (
     CalotypeError,
     ChecksumError,
@@ -32,12 +31,15 @@ from calotype.errors import (
     TargetError,
     TruncatedError,
 )
-from calotype.frames import Colour, Frame
-from calotype.gop import GopDecoder
-from calotype.packet import FramePacket, Packet, StreamConfig, VideoFormat
-from calotype.scenes import SceneCuts
-from calotype.stream import StreamReader, StreamWriter
-from calotype.timeline import timeline
+from calotype.video import bitrate, frames
+from calotype.video.bitrate import DELAY, BitrateControl, Budget
+from calotype.video.decoder import Shown
+from calotype.video.frames import Colour, Frame
+from calotype.video.gop import GopDecoder
+from calotype.video.packet import FramePacket, Packet, StreamConfig, VideoFormat
+from calotype.video.scenes import SceneCuts
+from calotype.video.stream import StreamReader, StreamWriter
+from calotype.video.timeline import timeline
 
 BASE = Fraction(1, 12800)
 KEYINT = 5
@@ -67,7 +69,7 @@ def packets(pictures: list[av.VideoFrame]) -> list[Packet]:
 
 
 @pytest.fixture(scope="module")
-def clean(packets: list[Packet]) -> list[video.Shown]:
+def clean(packets: list[Packet]) -> list[Shown]:
     """The same, decoded."""
     return list(VideoDecoder(packets, device="cpu").frames())
 
@@ -337,7 +339,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def test_random_access_decodes_one_group(raw: bytes, clean: list[video.Shown], decoded: list[bool]) -> None:
+def test_random_access_decodes_one_group(raw: bytes, clean: list[Shown], decoded: list[bool]) -> None:
     decoder = VideoDecoder(raw, device="cpu")
     assert len(decoder) == 14
     assert not decoded
@@ -352,7 +354,7 @@ def test_random_access_decodes_one_group(raw: bytes, clean: list[video.Shown], d
         decoder[14]
 
 
-def test_slices_and_times(raw: bytes, clean: list[video.Shown], decoded: list[bool]) -> None:
+def test_slices_and_times(raw: bytes, clean: list[Shown], decoded: list[bool]) -> None:
     decoder = VideoDecoder(raw, device="cpu")
     expected = torch.stack([decoder.as_rgb(s) for s in clean])
     assert torch.equal(decoder[12:3:-4], expected[[12, 8, 4]])
@@ -371,7 +373,7 @@ def test_slices_and_times(raw: bytes, clean: list[video.Shown], decoded: list[bo
 # Loss and damage --------------------------------------------------------------------------------------------------
 
 
-def partial(packets: list[Packet] | list[bytes]) -> tuple[list[video.Shown], VideoDecoder]:
+def partial(packets: list[Packet] | list[bytes]) -> tuple[list[Shown], VideoDecoder]:
     decoder = VideoDecoder(packets, device="cpu", allow_partial=True)
     return list(decoder.frames()), decoder
 
@@ -383,7 +385,7 @@ def same(a: Frame, b: Frame) -> bool:
 @pytest.mark.parametrize("lost", [6, 9, 13])
 @pytest.mark.parametrize("how", ["absent", "flipped"])
 def test_a_lost_packet_costs_the_rest_of_its_group(
-    packets: list[Packet], clean: list[video.Shown], lost: int, how: str
+    packets: list[Packet], clean: list[Shown], lost: int, how: str
 ) -> None:
     data = [p.data for p in packets]
     if how == "absent":
@@ -410,7 +412,7 @@ def test_a_lost_packet_costs_the_rest_of_its_group(
             assert same(after.frame, before.frame)
 
 
-def test_a_lost_key_packet_is_concealed_from_the_group_before(packets: list[Packet], clean: list[video.Shown]) -> None:
+def test_a_lost_key_packet_is_concealed_from_the_group_before(packets: list[Packet], clean: list[Shown]) -> None:
     shown, decoder = partial([p for i, p in enumerate(packets) if i != 5])
     assert decoder.damage.frames == [5, 6, 7, 8, 9]
     assert all(psnr(a.frame.y, b.frame.y) > 15 for a, b in zip(shown[5:10], clean[5:10], strict=True))
@@ -419,7 +421,7 @@ def test_a_lost_key_packet_is_concealed_from_the_group_before(packets: list[Pack
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_lost_beginning_is_gray(packets: list[Packet], clean: list[video.Shown], flip: bool) -> None:
+def test_a_lost_beginning_is_gray(packets: list[Packet], clean: list[Shown], flip: bool) -> None:
     data = [p.data for p in packets]
     data[:1] = [b"\x10" + data[0][1:]] if flip else []
     shown, decoder = partial(data)
@@ -474,7 +476,7 @@ class Pipe(io.RawIOBase):
         return self._file.read(min(count, 1000))
 
 
-def test_a_pipe_is_read_as_it_comes(raw: bytes, clean: list[video.Shown]) -> None:
+def test_a_pipe_is_read_as_it_comes(raw: bytes, clean: list[Shown]) -> None:
     shown = list(VideoDecoder(Pipe(raw), device="cpu").frames())
     assert len(shown) == len(clean)
     assert same(shown[-1].frame, clean[-1].frame)
@@ -589,5 +591,5 @@ def test_budgets_do_not_depend_on_how_many_groups_run() -> None:
 
 
 def test_looking_at_a_video_needs_no_torch() -> None:
-    code = "import sys, calotype.video_info, calotype.timeline, calotype.cli.video; print('torch' in sys.modules)"
+    code = "import sys, calotype.video.info, calotype.video.timeline, calotype.cli.video; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"False"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from calotype.frames import from_av
+from calotype.video.frames import from_av
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 

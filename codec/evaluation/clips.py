@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calotype.errors import InputError
-from calotype.frames import Colour, Frame, colour_of, from_av
+from calotype.video.frames import Colour, Frame, colour_of, from_av
 
 if TYPE_CHECKING:
     import av

@@ -15,8 +15,8 @@ from calotype.evaluation.codecs import CodecSpec, opened, opened_video
 from calotype.evaluation.dataset import read_rgb
 from calotype.evaluation.still_codecs import StillCodec
 from calotype.evaluation.video_codecs import VideoCodec
-from calotype.frames import Frame
 from calotype.media import Pixels
+from calotype.video.frames import Frame
 
 Record = dict[str, Any]
 _WARM_UP_FRAMES = 2

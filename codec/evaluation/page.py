@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from calotype import frames
 from calotype.errors import CalotypeError
 from calotype.evaluation.bdrate import BdSummary, Range
 from calotype.evaluation.clips import read_clip
@@ -29,6 +28,7 @@ from calotype.evaluation.report import clean, summary_json, warnings
 from calotype.evaluation.run import FILES, Run
 from calotype.evaluation.still_codecs import StillCodec
 from calotype.media import Pixels
+from calotype.video import frames
 
 Box = tuple[int, int, int, int]
 

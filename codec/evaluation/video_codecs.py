@@ -13,7 +13,7 @@ from pathlib import Path
 from calotype.errors import InputError
 from calotype.evaluation import ffmpeg
 from calotype.evaluation.clips import Clip, decode_file
-from calotype.frames import Colour, Frame
+from calotype.video.frames import Colour, Frame
 
 
 class VideoCodec(ABC):
@@ -127,7 +127,7 @@ class CalotypeVideoCodec(VideoCodec):
         self.device, self.threads = device, threads
 
     def describe(self, setting: float) -> str:
-        from calotype.gop import video_format
+        from calotype.video.gop import video_format
 
         format = video_format(16, 16, Colour(), 0)
         weights = f"first bytes of the weights' sha256 {format.intra_weights.hex()} and {format.inter_weights.hex()}"
@@ -136,8 +136,8 @@ class CalotypeVideoCodec(VideoCodec):
         return f"calotype {version}: video, quality={setting:g}, keyint={self.keyint}, {weights}, {where}"
 
     def encode(self, clip: Clip, setting: float, path: Path) -> None:
-        from calotype.matroska import MatroskaWriter
-        from calotype.video import VideoEncoder
+        from calotype.video.encoder import VideoEncoder
+        from calotype.video.matroska import MatroskaWriter
 
         writer: MatroskaWriter | None = None
         encoder = VideoEncoder(
@@ -156,6 +156,6 @@ class CalotypeVideoCodec(VideoCodec):
             writer.close()
 
     def decode(self, path: Path) -> Iterator[Frame]:
-        from calotype.video import VideoDecoder
+        from calotype.video.decoder import VideoDecoder
 
         return (shown.frame for shown in VideoDecoder(path, device=self.device).frames())

@@ -10,7 +10,7 @@ from calotype.errors import InputError
 from calotype.evaluation import ffmpeg
 from calotype.evaluation.clips import Clip, RawVideo
 from calotype.evaluation.metrics import LIBVMAF_MEASURES, METRICS, Values
-from calotype.frames import Frame, Plane
+from calotype.video.frames import Frame, Plane
 
 PSNR_LIMIT = 60.0
 """dB, libvmaf's for 8 bit: a plane that is reproduced exactly would make the mean infinite."""

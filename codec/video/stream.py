@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from calotype.container import MAGIC, pack_chunk
 from calotype.errors import ChecksumError, FormatError, InputError, TruncatedError
-from calotype.packet import MAX_PACKET, VERSION
+from calotype.video.packet import MAX_PACKET, VERSION
 
 HEADER, FRAME, END = b"VHED", b"FRAM", b"VEND"
 _NAMES = (FRAME, END)

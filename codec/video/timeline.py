@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
-from calotype import matroska, stream
 from calotype.errors import FormatError, InputError, TruncatedError
-from calotype.packet import FramePacket, Packet, StreamConfig
+from calotype.video import matroska, stream
+from calotype.video.packet import FramePacket, Packet, StreamConfig
 
 MAX_GAP = 1 << 16
 """Frames in a row that may be missing."""

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calotype.frames import LUMA_WEIGHTS, Colour, Frame, Plane, sample_ranges
 from calotype.models.motion import Planes
 from calotype.models.video import STRIDE
+from calotype.video.frames import LUMA_WEIGHTS, Colour, Frame, Plane, sample_ranges
 
 
 def to_planes(frame: Frame, device: torch.device) -> Planes:

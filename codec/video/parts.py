@@ -13,9 +13,9 @@ from typing import Any
 
 from calotype.errors import FormatError, InputError, OutputExistsError
 from calotype.media import write_file
-from calotype.packet import FramePacket, Packet
-from calotype.stream import StreamReader, StreamWriter
-from calotype.video import Gop
+from calotype.video.encoder import Gop
+from calotype.video.packet import FramePacket, Packet
+from calotype.video.stream import StreamReader, StreamWriter
 
 SUFFIX = ".parts"
 _MANIFEST = "manifest.json"

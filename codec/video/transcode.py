@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from calotype.errors import InputError, TargetError
-from calotype.matroska import MatroskaWriter
 from calotype.models import zoo
-from calotype.packet import Packet, StreamConfig
-from calotype.parts import PartStore, fingerprint
 from calotype.publish import publish, refuse_existing
-from calotype.stream import StreamWriter
-from calotype.tracks import Surroundings, copied, in_order, readable, surroundings
-from calotype.video import DEFAULT_KEYINT, DEFAULT_QUALITY, RATE_TOLERANCE, VideoEncoder
+from calotype.video.encoder import DEFAULT_KEYINT, DEFAULT_QUALITY, RATE_TOLERANCE, VideoEncoder
+from calotype.video.matroska import MatroskaWriter
+from calotype.video.packet import Packet, StreamConfig
+from calotype.video.parts import PartStore, fingerprint
+from calotype.video.stream import StreamWriter
+from calotype.video.tracks import Surroundings, copied, in_order, readable, surroundings
 
 if TYPE_CHECKING:
     import av

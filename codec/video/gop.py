@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calotype import planes, symbols
+from calotype import symbols
 from calotype.api import DEFAULT_MODEL, pick_device
 from calotype.entropy import SymbolTables
 from calotype.errors import FormatError, ModelNotFoundError
-from calotype.frames import Colour, Frame, gray
 from calotype.models import tables, zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
 from calotype.models.quantizers import QUALITY_STEPS, lagrangian
 from calotype.models.video import Memory, Video
-from calotype.packet import VideoFormat
 from calotype.stopwatch import Stopwatch
+from calotype.video import planes
+from calotype.video.frames import Colour, Frame, gray
+from calotype.video.packet import VideoFormat
 
 INTRA, INTER = 0, 1
 """Types of frames: coded like a still picture, or predicted from the frame before."""
@@ -170,7 +171,7 @@ class GopDecoder(_Chain):
         self, format: VideoFormat, device: str = "auto", *, symbols_seen: Callable[[bytes], None] | None = None
     ) -> None:
         super().__init__(format, device)
-        self._seen = symbols_seen and (lambda place, run: symbols_seen(run))
+        self._symbols_seen = symbols_seen
         self._lost = 0
 
     @torch.inference_mode()
@@ -208,4 +209,8 @@ class GopDecoder(_Chain):
         return planes.to_frame(self.reference, self.format.width, self.format.height)
 
     def _read(self, coding: symbols.Coding[_T], table: SymbolTables, data: bytes) -> _T:
-        return symbols.read(coding, table, [data], ["a frame"], self.watch, device=self.device, seen=self._seen)
+        return symbols.read(coding, table, [data], ["a frame"], self.watch, device=self.device, seen=self._note)
+
+    def _note(self, place: int, run: bytes) -> None:
+        if self._symbols_seen:
+            self._symbols_seen(run)

@@ -9,9 +9,9 @@ from fractions import Fraction
 
 from calotype.container import PROFILE
 from calotype.errors import ChecksumError, FormatError, LimitError, TruncatedError
-from calotype.frames import MATRICES, Colour
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
 from calotype.rate import QUALITY_STEPS
+from calotype.video.frames import MATRICES, Colour
 
 VERSION = (1, 0)
 MAX_PACKET = 2**26
@@ -123,7 +123,7 @@ class FramePacket:
         number: of the frame in its stream, from 0.
         last: no frame follows; so the end of a stream that was cut is known.
         config: in key packets only.
-        payload: what `calotype.gop` reads.
+        payload: what `calotype.video.gop` reads.
     """
 
     number: int

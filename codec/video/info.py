@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from calotype.errors import FormatError
 from calotype.limits import MAX_SIDE
-from calotype.matroska import MatroskaReader
 from calotype.models.zoo import name_of
-from calotype.packet import NO_WEIGHTS
-from calotype.timeline import PacketSource, open_source, timeline
+from calotype.video.matroska import MatroskaReader
+from calotype.video.packet import NO_WEIGHTS
+from calotype.video.timeline import PacketSource, open_source, timeline
 
 if TYPE_CHECKING:
     from av.stream import Stream
@@ -119,7 +119,7 @@ def verify_video(source: Path | bytes, *, deep: bool = False, device: str = "aut
     Raises FormatError and its kinds; with `deep` also ModelNotFoundError, DriftError.
     """
     if deep:
-        from calotype.video import VideoDecoder
+        from calotype.video.decoder import VideoDecoder
 
         return sum(1 for _ in VideoDecoder(source, device=device, max_pixels=MAX_SIDE**2).frames())
 

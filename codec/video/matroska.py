@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calotype.errors import FormatError, InputError
-from calotype.packet import Packet, StreamConfig
-from calotype.tracks import EXACT_TIMES, Surroundings, TrackCopier
+from calotype.video.packet import Packet, StreamConfig
+from calotype.video.tracks import EXACT_TIMES, Surroundings, TrackCopier
 
 if TYPE_CHECKING:
     import av

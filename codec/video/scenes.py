@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from calotype.frames import Frame
+from calotype.video.frames import Frame
 
 CELLS = 24
 """Cells of the shorter side of the small pictures that are compared."""

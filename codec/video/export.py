@@ -18,12 +18,12 @@ import numpy.typing as npt
 from calotype import media
 from calotype.errors import FormatError, InputError
 from calotype.limits import DEFAULT_MAX_PIXELS
-from calotype.matroska import MatroskaReader
-from calotype.packet import FramePacket
 from calotype.publish import publish, refuse_existing
-from calotype.timeline import PacketSource
-from calotype.tracks import EXACT_TIMES, TrackCopier, copied, in_order, surroundings
-from calotype.video import Shown, VideoDecoder, as_av
+from calotype.video.decoder import Shown, VideoDecoder, as_av
+from calotype.video.matroska import MatroskaReader
+from calotype.video.packet import FramePacket
+from calotype.video.timeline import PacketSource
+from calotype.video.tracks import EXACT_TIMES, TrackCopier, copied, in_order, surroundings
 
 if TYPE_CHECKING:
     import av
