@@ -1,20 +1,33 @@
-"""Write tests/golden: files that every later version must decode to the same symbols. Run after new weights:
+"""Write tests/golden and tests/golden_video: files that every later version must decode to the same symbols.
+
+Run after new weights:
 
 python tests/make_golden.py
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
+from video_clips import pan
 
+from calotype import VideoEncoder
 from calotype.api import Codec
 from calotype.media import Picture, read_picture, write_picture
+from calotype.video.frames import Frame
+from calotype.video.gop import GopDecoder
+from calotype.video.packet import FramePacket
+from calotype.video.stream import StreamReader, StreamWriter
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
+VIDEO = TESTS / "golden_video"
 INDEX = "hashes.json"
 
 
@@ -65,6 +78,41 @@ def main() -> None:
         (GOLDEN / f"{name}.png").write_bytes(write_picture(codec.decode(data).picture, "png"))
         index[f"{name}.clt"] = {"symbols": codec.symbol_hash(data), "pixels_png": f"{name}.png"}
     (GOLDEN / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    make_video()
+
+
+def make_video() -> None:
+    """A raw stream of two groups of pictures, the hash of its symbols, and its last frame."""
+    VIDEO.mkdir(exist_ok=True)
+    clip = io.BytesIO()
+    writer = StreamWriter(clip)
+    with VideoEncoder(112, 80, time_base=Fraction(1, 25), quality=45, keyint=4, device="cpu") as encoder:
+        pictures = [av.VideoFrame.from_ndarray(rgb, "rgb24") for rgb in pan(7, (112, 80), sample="coffee.png")]
+        for number, picture in enumerate(pictures):
+            picture.pts, picture.time_base = number, Fraction(1, 25)
+            for packet in encoder.encode(picture):
+                writer.write(packet.data)
+        for packet in encoder.encode(None):
+            writer.write(packet.data)
+    writer.close()
+    (VIDEO / "pan.clt").write_bytes(clip.getvalue())
+    frames, symbols = decode_video(clip.getvalue())
+    last = frames[-1]
+    np.savez_compressed(VIDEO / "last.npz", y=last.y, u=last.u, v=last.v)
+    (VIDEO / INDEX).write_text(json.dumps({"pan.clt": {"symbols": symbols, "frames": len(frames)}}, indent=2) + "\n")
+
+
+def decode_video(data: bytes) -> tuple[list[Frame], str]:
+    """All frames of a raw stream, and the SHA-256 of all symbols."""
+    digest, frames = hashlib.sha256(), []
+    decoder: GopDecoder | None = None
+    for _, packet in StreamReader(data).packets():
+        fields = FramePacket.unpack(packet)
+        if decoder is None:
+            assert fields.config is not None
+            decoder = GopDecoder(fields.config.format, "cpu", symbols_seen=digest.update)
+        frames.append(decoder.decode(fields.payload, key=fields.key))
+    return frames, digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ if __name__ == "__main__":
     sys.exit()
 
 
+import make_golden  # noqa: E402
 from video_clips import pan  # noqa: E402 (the program above must run without the tests' folder on its path)
 
 
@@ -207,6 +208,15 @@ def test_rgb_and_back_keeps_the_planes(frames: list[Frame], colour: Colour) -> N
     planes = to_planes(frames[0], torch.device("cpu"))
     again = to_frame(from_rgb(to_rgb(planes, colour), colour), *SIZE[::-1])
     assert farthest(again, frames[0]) == 0
+
+
+def test_golden_video() -> None:
+    index = json.loads((make_golden.VIDEO / make_golden.INDEX).read_text())["pan.clt"]
+    shown, symbols = make_golden.decode_video((make_golden.VIDEO / "pan.clt").read_bytes())
+    assert len(shown) == index["frames"] == 7
+    assert symbols == index["symbols"]
+    with np.load(make_golden.VIDEO / "last.npz") as last:
+        assert farthest(shown[-1], Frame(last["y"], last["u"], last["v"])) <= 1
 
 
 VARIANTS = [
