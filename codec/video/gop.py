@@ -34,6 +34,10 @@ INTRA, INTER = 0, 1
 """Types of frames: coded like a still picture, or predicted from the frame before."""
 VIDEO_MODEL = "video"
 _HEAD = struct.Struct("<BH")
+KEY_OFFSET = 80
+"""A key frame is better than its group's quality says, because all others are predicted from it, ..."""
+OFFSETS = (-25, 0, -25, 50)
+"""... and so is every fourth of the others, as in the hierarchical quality of DCVC-FM; in steps of quality."""
 EXTRAPOLATED = 3
 """So many lost frames in a row go on moving; then the picture stands still."""
 _T = TypeVar("_T")
@@ -131,11 +135,17 @@ class GopEncoder(_Chain):
 
     def __init__(self, format: VideoFormat, device: str = "auto") -> None:
         super().__init__(format, device)
+        self._place = 0
+        """Of the next frame in its group."""
 
     @torch.inference_mode()
     def encode(self, frame: Frame, *, key: bool, quality: int | None = None) -> bytes:
-        """The payload of the next frame; `quality` 0..1000 replaces that of the format."""
-        step = self.format.quality if quality is None else quality
+        """The payload of the next frame; `quality` 0..1000 replaces that of the format for this group."""
+        key = key or self.reference is None
+        self._place = 0 if key else self._place + 1
+        offset = KEY_OFFSET if key else OFFSETS[(self._place - 1) % len(OFFSETS)]
+        base = self.format.quality if quality is None else quality
+        step = min(max(base + offset, 0), QUALITY_STEPS)
         integer, t = self._quality(step)
         x = planes.to_planes(frame, self.device)
         shape = (1, *self.format.latent_shape)
