@@ -51,7 +51,7 @@ def encode_on_cluster(
     if not left or batch.dry_run:
         return run(1, _nothing)
     with Workers(address, partial(PictureEncoder, job, weights), device=settings.device, limit=limit) as workers:
-        throughput = Throughput()
+        throughput = Throughput("pictures", "Mpx", 2)
 
         def work(task: Task, progress: Progress) -> Product:
             try:

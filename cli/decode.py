@@ -23,9 +23,9 @@ from calotype.cli.options import (
 from calotype.cli.options import (
     region as region_box,
 )
-from calotype.cli.video import VideoDecode, decode_video, frame_range, wants_video
+from calotype.cli.video import RAW_FORMATS, VideoDecode, decode_video, frame_range, wants_video
 
-_FORMATS = ("png", "jpeg", "webp", "tiff", "bmp", "ppm", "npy", "avif", "y4m")
+_FORMATS = ("png", "jpeg", "webp", "tiff", "bmp", "ppm", "npy", "avif", *RAW_FORMATS)
 _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
 
 
@@ -77,8 +77,8 @@ def decode(
             raise click.UsageError("--region and --scale are for pictures.")
         job = VideoDecode(inputs[0], format_, frames or slice(None), allow_partial, max_pixels, batch)
         ctx.exit(decode_video(job, settings))
-    if format_ == "y4m" or frames is not None:
-        raise click.UsageError("--format y4m and --frames are for videos, and no input is one.")
+    if format_ in RAW_FORMATS or frames is not None:
+        raise click.UsageError("--format y4m, --format rawvideo and --frames are for videos, and no input is one.")
     codecs = Codecs(settings.device)
     limits = {} if max_pixels is None else {"max_pixels": max_pixels}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -22,7 +24,16 @@ from calotype.cli.video import (
     warner,
 )
 
+if TYPE_CHECKING:
+    from calotype.video.transcode import RawVideo
+
 _OURS = (".mkv", ".clt")
+_ENCODING = {
+    "quality": "--quality", "target_bitrate": "--target-bitrate", "keyint": "--keyint", "scene_cuts": "--scene-cuts",
+    "start": "--start", "frames": "--frames", "raw": "--rawvideo", "resume": "--resume", "jobs_": "--jobs",
+    "cluster": "--cluster",
+}  # fmt: skip
+"""Parameters that mean nothing when decoding."""
 
 
 def _seconds(value: str) -> float:
@@ -30,6 +41,16 @@ def _seconds(value: str) -> float:
     if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", value):
         raise click.BadParameter(f"{value!r} is not a time; write it like 90, 90.5 or 1:30.")
     return math.fsum(float(part) * 60**place for place, part in enumerate(reversed(value.split(":"))))
+
+
+def _raw_video(value: str) -> RawVideo:
+    """WIDTHxHEIGHT@RATE."""
+    from calotype.video.transcode import RawVideo
+
+    match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})@(\d+(?:\.\d+)?|\d+/\d+)", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} does not say what the frames are; write it like 640x480@25.")
+    return RawVideo(int(match[1]), int(match[2]), match[3])
 
 
 @click.command(short_help="Encode videos, with their sound, and decode them to other formats.")
@@ -54,6 +75,10 @@ def _seconds(value: str) -> float:
     "--audio", type=click.Choice(["copy", "none"]), default="copy", show_default=True,
     help="Keep the sound, untouched, or leave it out.",
 )  # fmt: skip
+@click.option(
+    "--rawvideo", "raw", type=_raw_video, metavar="WxH@FPS",
+    help="IN has frames without any header: 8-bit 4:2:0 planes, FFmpeg's rawvideo in yuv420p.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with an encoding that was interrupted; same input and options.")
 @click.option("--vcodec", metavar="ENCODER", help="Decode IN to another format by this encoder: libx264, libx265 ...")
 @click.option("--crf", type=click.IntRange(0, 63), help="Constant rate factor of that encoder.")
@@ -61,6 +86,11 @@ def _seconds(value: str) -> float:
 @click.option(
     "-j", "--jobs", "jobs_", type=jobs, metavar="N", default="1", show_default=True,
     help="Encode this many groups at a time, in processes of their own; or 'all' processors.",
+)  # fmt: skip
+@click.option(
+    "--cluster", metavar="ADDRESS",
+    help="Encode groups on many machines through Ray: ray://HOST:PORT, auto (the cluster that this machine belongs to) "
+    "or local. --jobs is then the most workers.",
 )  # fmt: skip
 @click.option("-f", "--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("-n", "--skip-existing", is_flag=True, help="Do nothing if the output exists.")
@@ -80,11 +110,13 @@ def transcode(
     start: float,
     frames: int | None,
     audio: str,
+    raw: RawVideo | None,
     resume: bool,
     vcodec: str | None,
     crf: int | None,
     allow_partial: bool,
     jobs_: int,
+    cluster: str | None,
     force: bool,
     skip_existing: bool,
     no_progress: bool,
@@ -110,7 +142,7 @@ def transcode(
         if vcodec is not None:
             from calotype.video.export import export_video
 
-            _refuse(ctx, ("quality", "target_bitrate", "keyint", "scene_cuts", "start", "frames", "resume", "jobs_"))
+            _refuse(ctx, _ENCODING)
             if output == STREAM or output.suffix.lower() not in ENCODERS:
                 raise click.UsageError(f"--vcodec needs an output that ends in one of {', '.join(ENCODERS)}.")
             made = export_video(
@@ -131,10 +163,18 @@ def transcode(
                 )
             if source != STREAM and is_video_file(source):
                 raise click.UsageError(f"{source} is a Calotype video already: give --vcodec to decode it.")
-            encoding = Encoding(quality, target_bitrate, keyint, scene_cuts, start, frames, sound)
+            encoding = Encoding(quality, target_bitrate, keyint, scene_cuts, start, frames, sound, raw)
+            pool = throughput = None
+            if cluster is not None:
+                from calotype.cluster.throughput import Throughput
+                from calotype.cluster.videos import ClusterPool
+
+                throughput = Throughput("gops", "frames", 0)
+                limit = None if ctx.get_parameter_source("jobs_") is ParameterSource.DEFAULT else jobs_
+                pool = partial(ClusterPool, cluster, throughput, device=settings.device, limit=limit)
             summary = encode_video(
-                reading, writing, encoding, resume=resume, overwrite=force, jobs=jobs_, device=settings.device,
-                progress=progress, warn=warner(settings),
+                reading, writing, encoding, resume=resume, overwrite=force, jobs=jobs_, pool=pool,
+                device=settings.device, progress=progress, warn=warner(settings),
             )  # fmt: skip
             total = output.stat().st_size if output != STREAM else summary.video_bytes
             record = {
@@ -146,15 +186,18 @@ def transcode(
                 "bytes": total,
                 "kbps": summary.kbps,
                 "notes": summary.notes,
+                **({"cluster": throughput.record()} if throughput else {}),
             }
             line = (
                 f"{summary.width}x{summary.height}, {summary.frames} frames, {file_size(total)}, "
                 f"{summary.kbps:.1f} kbit/s"
             )
+            if throughput:
+                line = "\n".join((line, *throughput.lines()))
     names = {"input": click.format_filename(source), "output": click.format_filename(output)}
-    partial = bool(record.get("damaged_frames"))
     if as_json:
-        print_json("calotype.transcode/1", {**names, "status": "partial" if partial else "ok", **record})
+        status = "partial" if record.get("damaged_frames") else "ok"
+        print_json("calotype.transcode/1", {**names, "status": status, **record})
     if not settings.quiet:
         click.echo(f"{names['input']} -> {names['output']}: {line}", err=True)
 
@@ -174,9 +217,8 @@ def _check(ctx: click.Context, source: Path, output: Path, *, as_json: bool, for
         raise click.UsageError(f"{output} is the input too; choose another output.")
 
 
-def _refuse(ctx: click.Context, names: tuple[str, ...]) -> None:
+def _refuse(ctx: click.Context, names: dict[str, str]) -> None:
     """Raise click.UsageError for options that mean nothing when decoding."""
-    given = [n for n in names if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
-    if given:
-        option = f"--{given[0].rstrip('_').replace('_', '-')}"
-        raise click.UsageError(f"{option} means nothing with --vcodec, which decodes.")
+    for name, option in names.items():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option} means nothing with --vcodec, which decodes.")

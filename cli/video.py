@@ -27,7 +27,8 @@ ENCODERS = {
     ".y4m": "rawvideo",
 }
 """Suffix of an ordinary video file, and the encoder that is taken for it."""
-Y4M = "yuv4mpegpipe"
+RAW_FORMATS = {"y4m": "yuv4mpegpipe", "rawvideo": "rawvideo"}
+"""Values of --format for frames that are not encoded, and what FFmpeg calls them."""
 
 
 def is_video_file(path: Path) -> bool:
@@ -91,7 +92,7 @@ def wants_video(inputs: Sequence[Path], format: str | None, output: str | None) 
     Raises click.UsageError for a video among other inputs.
     """
     if inputs == (STREAM,):
-        return format == "y4m" or (output is not None and Path(output).suffix.lower() in ENCODERS)
+        return format in RAW_FORMATS or (output is not None and Path(output).suffix.lower() in ENCODERS)
     videos = [path for path in inputs if is_video_file(path)]
     if videos and len(inputs) > 1:
         raise click.UsageError(f"{videos[0]} is a video: give it alone.")
@@ -122,13 +123,14 @@ class VideoDecode:
             **({} if self.max_pixels is None else {"max_pixels": self.max_pixels}),
         }  # fmt: skip
         pictures = output.endswith("/") or target.is_dir()
-        encoder = "rawvideo" if self.format == "y4m" else ENCODERS.get(target.suffix.lower())
+        raw = RAW_FORMATS.get(self.format or target.suffix.lower()[1:])
+        encoder = "rawvideo" if raw else ENCODERS.get(target.suffix.lower())
         if output == "-":
-            if self.format != "y4m":
-                raise click.UsageError("Only Y4M goes to standard output: give --format y4m.")
+            if raw is None:
+                raise click.UsageError("Only frames go to standard output: give --format y4m or --format rawvideo.")
             refuse_terminal()
-        elif pictures and self.format == "y4m":
-            raise click.UsageError(f"--format y4m makes a file, and {output} is a folder.")
+        elif pictures and raw:
+            raise click.UsageError(f"--format {self.format} makes a file, and {output} is a folder.")
         elif not pictures and encoder is None:
             raise click.UsageError(
                 f"No video format ends in {target.suffix!r}: use {', '.join(ENCODERS)}, or a folder/ for pictures."
@@ -146,7 +148,7 @@ class VideoDecode:
                 assert encoder is not None
                 made = export_video(
                     source, sys.stdout.buffer if output == "-" else target, vcodec=encoder,
-                    format=Y4M if encoder == "rawvideo" else None, overwrite=self.batch.force,
+                    format=raw, overwrite=self.batch.force,
                     options={"crf": "18"} if encoder == "libx264" else {},
                     progress=progress, warn=warner(settings), **options,
                 )  # fmt: skip

@@ -11,22 +11,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image
+from video_clips import make_clip, pan
 
 from calotype.api import Codec
 from calotype.cluster import workers as workers_module
 from calotype.cluster.manifest import NAME, Manifest
 from calotype.cluster.pictures import PictureEncoder
 from calotype.cluster.throughput import Throughput
+from calotype.cluster.videos import GopWorker, weights
 from calotype.cluster.workers import WorkerError, Workers
 from calotype.errors import FormatError, InputError, ModelNotFoundError
 from calotype.job import EncodeJob
 from calotype.media import Picture
 from calotype.rate import Target
+from calotype.video.frames import Colour, from_av
+from calotype.video.gop import video_format
+from calotype.video.groups import Gop, TimedFrame, encode_gop
+from calotype.video.packet import StreamConfig
+from calotype.video.transcode import Settings, encode_video
 
 JOB = EncodeJob("hyperprior", 60, Target("bpp", 0.8), 1024, ("icc", "exif", "xmp"), False)
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -82,14 +91,19 @@ def test_manifest_of_a_run_that_was_killed(tmp_path: Path) -> None:
 
 
 def test_throughput_by_worker() -> None:
-    throughput = Throughput()
+    throughput = Throughput("pictures", "Mpx", 2)
     assert throughput.lines() == []
+    assert throughput.record()["workers"] == []
     for worker, megapixels in (("b/2", 1.0), ("a/1", 2.0), ("b/2", 3.0)):
         throughput.add(worker, megapixels, 100.0)
     first, *rest = throughput.lines()
     assert first.startswith("3 pictures, 6.00 Mpx in 100.0 s: 0.03 pictures/s, 0.06 Mpx/s")
     assert [line.split(",")[0] for line in rest] == ["  worker a/1: 1 pictures", "  worker b/2: 2 pictures"]
     assert "4.00 Mpx, 0.02 Mpx/s, busy 200%" in rest[1]
+    record = throughput.record()
+    assert record["seconds"] == pytest.approx(100, abs=1)
+    assert record["Mpx_per_second"] == pytest.approx(0.06, abs=0.001)
+    assert record["workers"][0] == {"worker": "a/1", "pictures": 1, "Mpx": 2.0, "seconds": 100.0}
 
 
 # Without a cluster ------------------------------------------------------------------------------------------------
@@ -103,6 +117,15 @@ def test_worker_encodes_as_this_process_does(tmp_path: Path, photo: Picture, cod
         PictureEncoder(JOB, "0" * 64, "cpu")
 
 
+def test_worker_encodes_groups_as_this_process_does() -> None:
+    config = StreamConfig(video_format(48, 32, Colour(), 600), Fraction(1, 25), Fraction(0), None)
+    pictures = [from_av(av.VideoFrame.from_ndarray(p, "rgb24")) for p in pan(2, (48, 32))]
+    gop = Gop(3, 9, [TimedFrame(p, 9 + i, 1) for i, p in enumerate(pictures)], False)
+    assert GopWorker(weights(), "cpu")((config, gop, None)) == encode_gop(config, gop, None, "cpu")
+    with pytest.raises(ModelNotFoundError, match="other weights"):
+        GopWorker((b"\0" * 8, weights()[1]), "cpu")
+
+
 def test_errors_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="local, auto or ray://"):
         Workers("http://example.com", lambda device: str)
@@ -111,6 +134,8 @@ def test_errors_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (("encode", "-", "--cluster", "local", "-o", "a.clt"), 2, "standard input"),
         (("encode", "a.png", "--cluster", "nonsense"), 3, "use local, auto or ray://"),
         (("encode", "a.png", "--cluster", "local", "-m", "none"), 5, "none"),
+        (("transcode", "a.png", "--cluster", "local", "-o", "a.mp4", "--vcodec", "libx264"), 2, "--cluster means"),
+        (("transcode", "a.png", "--cluster", "local", "-o", "a.mkv"), 3, "a.png cannot be read"),
     ):
         process = calotype(*arguments, cwd=tmp_path)
         _, error = process.communicate()
@@ -207,3 +232,66 @@ def test_batch_survives_kill_and_a_bad_file(tmp_path: Path, photo: Picture, code
     _, error = process.communicate()
     assert (process.returncode, error.count("\n")) == (0, 1), error
     assert "24 of 24 files were done before" in error
+
+
+# Videos -----------------------------------------------------------------------------------------------------------
+
+VIDEO = Settings(target_bitrate=90_000, keyint=3)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 frames with sound."""
+    return make_clip(tmp_path_factory.mktemp("clip") / "in.mp4", pan(18, (64, 48)), audio="aac")
+
+
+def busy_workers(driver: int) -> list[int]:
+    """Process numbers of the workers, in the cluster that `driver` started, that have a unit of work."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes()
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it has just ended
+        if name.startswith(b"ray::") and b".work" in name and driver in (parent, grandparent):
+            found.append(int(folder.name))
+    return found
+
+
+@needs_ray
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers in /proc")
+def test_video_survives_kill_and_is_resumed(clip: Path, tmp_path: Path) -> None:
+    encode_video(clip, tmp_path / "local.mkv", VIDEO, device="cpu")
+    out = tmp_path / "out.mkv"
+
+    def interrupt(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_video(clip, out, VIDEO, device="cpu", progress=interrupt)
+    parts = out.with_name("out.mkv.parts")
+    assert [part.name for part in parts.glob("*.clt")] == ["000000.clt"]
+
+    command = ["transcode", clip, "-o", out, "--target-bitrate", "90k", "-g", 3, "--resume", "--device", "cpu"]
+    process = calotype(*command, "--cluster", "local", "-j", 2, "--json", cwd=tmp_path)
+    while process.poll() is None and not (parts / "000001.clt").exists():
+        time.sleep(0.02)
+    workers: list[int] = []
+    while process.poll() is None and not workers:
+        workers = busy_workers(process.pid)
+    for worker in workers[:1]:
+        os.kill(worker, signal.SIGKILL)
+    output, error = process.communicate()
+
+    assert (process.returncode, len(workers) > 0) == (0, True), error
+    assert out.read_bytes() == (tmp_path / "local.mkv").read_bytes()
+    report = json.loads(output)["cluster"]
+    shares = {int(share["worker"].split("/")[1]): share for share in report["workers"]}
+    assert sum(share["gops"] for share in shares.values()) == 5
+    assert sum(share["frames"] for share in shares.values()) == 15
+    # The last groups were not done by the one that was killed, and there were two workers again.
+    assert len(shares.keys() - {workers[0]}) == 2
+    assert "5 gops, 15 frames in" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local.mkv", "out.mkv"]

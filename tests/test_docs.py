@@ -14,7 +14,7 @@ import torch
 from conftest import SAMPLES, synthesise
 
 ROOT = SAMPLES.parent
-DOCUMENTS = ("README.md", "docs/EMBEDDING.md", "docs/CLUSTER.md")
+DOCUMENTS = ("README.md", "docs/EMBEDDING.md", "docs/CLUSTER.md", "docs/VIDEO.md")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

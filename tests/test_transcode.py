@@ -23,7 +23,7 @@ from video_clips import luma, make_clip, packets, pan, psnr, times
 from calotype import VideoDecoder
 from calotype.cli import main
 from calotype.errors import InputError, OutputExistsError
-from calotype.video import encoder, parts
+from calotype.video import groups, parts
 from calotype.video.export import export_video, upright
 from calotype.video.transcode import Settings, encode_video
 
@@ -244,13 +244,13 @@ def interrupt(clip: Path, out: Path, at: int, settings: Settings = Settings(qual
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of each group that is encoded."""
     seen: list[int] = []
-    original = encoder.encode_gop
+    original = groups.encode_gop
 
-    def encode_gop(config: Any, gop: encoder.Gop, *rest: Any) -> Any:
+    def encode_gop(config: Any, gop: groups.Gop, *rest: Any) -> Any:
         seen.append(gop.number)
         return original(config, gop, *rest)
 
-    monkeypatch.setattr(encoder, "encode_gop", encode_gop)
+    monkeypatch.setattr(groups, "encode_gop", encode_gop)
     return seen
 
 

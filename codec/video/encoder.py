@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
 from fractions import Fraction
-from multiprocessing import get_context, parent_process
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
-
-import torch
 
 from calotype.errors import CalotypeError, InputError, TargetError
 from calotype.limits import MAX_SIDE
 from calotype.rate import QUALITY_STEPS
 from calotype.video import frames
-from calotype.video.bitrate import DELAY, BitrateControl, Budget, meet
+from calotype.video.bitrate import DELAY, BitrateControl
 from calotype.video.frames import Colour, Frame
-from calotype.video.gop import GopEncoder, video_format
+from calotype.video.gop import video_format
+from calotype.video.groups import EncodedGop, Gop, GopPool, OwnProcess, Processes, TimedFrame
 from calotype.video.packet import FramePacket, Packet, StreamConfig
 from calotype.video.scenes import SceneCuts
 
@@ -36,29 +30,6 @@ RATE_TOLERANCE = 0.05
 """A bitrate target is missed if the video is off it by more than this part."""
 
 
-@dataclass(frozen=True)
-class TimedFrame:
-    """A frame with its time and duration, in units of its stream's time base."""
-
-    frame: Frame
-    pts: int
-    duration: int
-
-
-@dataclass(frozen=True)
-class Gop:
-    """A group of pictures before it is encoded; `first` is the number of its first frame."""
-
-    number: int
-    first: int
-    frames: Sequence[TimedFrame]
-    last: bool
-
-    @property
-    def duration(self) -> int:
-        return sum(f.duration for f in self.frames)
-
-
 class GopStore(Protocol):
     """Keeps encoded groups, so that an interrupted encoding can go on."""
 
@@ -67,59 +38,6 @@ class GopStore(Protocol):
 
     def put(self, gop: Gop, packets: list[Packet]) -> None:
         """Keep the packets of a group."""
-
-
-@dataclass(frozen=True)
-class EncodedGop:
-    """Packets of a group, and the quality 0..1000 they were made at."""
-
-    packets: list[Packet]
-    quality: int
-
-    @property
-    def size(self) -> int:
-        return sum(len(p.data) for p in self.packets)
-
-
-def encode_gop(config: StreamConfig, gop: Gop, budget: Budget | None, device: str, threads: int | None) -> EncodedGop:
-    """Encode a group at the quality of the format, or to a budget. Runs in processes of its own."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if budget is None:
-        return EncodedGop(_packets(config, gop, device), config.format.quality)
-
-    def trial(quality: int) -> tuple[int, EncodedGop]:
-        tried = EncodedGop(
-            _packets(replace(config, format=replace(config.format, quality=quality)), gop, device), quality
-        )
-        return tried.size, tried
-
-    return meet(budget, trial)[2]
-
-
-def _begin_worker() -> None:
-    """An interrupt is for the main process, and if that dies, nobody wants the results."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-
-        def follow() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
-
-
-def _packets(config: StreamConfig, gop: Gop, device: str) -> list[Packet]:
-    encoder = GopEncoder(config.format, device)
-    packets = []
-    for place, timed in enumerate(gop.frames):
-        key = place == 0
-        payload = encoder.encode(timed.frame, key=key)
-        last = gop.last and place == len(gop.frames) - 1
-        fields = FramePacket(gop.first + place, timed.pts, timed.duration, last, config if key else None, payload)
-        packets.append(Packet(fields.pack(), timed.pts, timed.duration, key, config.time_base))
-    return packets
 
 
 class VideoEncoder:
@@ -133,6 +51,7 @@ class VideoEncoder:
         scene_cuts: start a group at a scene cut too.
         target_bitrate: bits per second to end at, instead of a quality.
         jobs: groups encoded at the same time, each by a process of its own. The bytes do not depend on it.
+        pool: makes what encodes the groups instead, when the first is whole; it is closed with the encoder.
         colour: what the samples of `Frame`s mean; PyAV frames say it themselves.
         sample_aspect, display_matrix: see `StreamConfig`.
         store: groups found there are not encoded again.
@@ -152,6 +71,7 @@ class VideoEncoder:
         scene_cuts: bool = True,
         target_bitrate: float | None = None,
         jobs: int = 1,
+        pool: Callable[[], GopPool] | None = None,
         device: str = "auto",
         colour: Colour | None = None,
         sample_aspect: Fraction = Fraction(0),
@@ -177,13 +97,13 @@ class VideoEncoder:
         self._keyint = keyint
         self._cuts = SceneCuts() if scene_cuts and keyint > 1 else None
         self._control = BitrateControl(target_bitrate) if target_bitrate else None
-        self._jobs, self._device = jobs, device
+        self._make_pool = pool or (partial(Processes, jobs, device) if jobs > 1 else partial(OwnProcess, device))
         self._colour = colour
         self._sample_aspect, self._display_matrix = sample_aspect, display_matrix
         self._store, self._progress = store, progress
         self._config: StreamConfig | None = None
-        self._pool: ProcessPoolExecutor | None = None
-        self._running: deque[tuple[Gop, Future[EncodedGop] | EncodedGop, bool]] = deque()
+        self._pool: GopPool | None = None
+        self._running: deque[tuple[Gop, Future[EncodedGop], bool]] = deque()
         self._gathered: list[TimedFrame] = []
         self._ahead: tuple[Frame, int, int] | None = None
         self._groups = self._first = self._finished = 0
@@ -270,39 +190,32 @@ class VideoEncoder:
         self._gathered = []
         self._groups += 1
         self._first += len(gop.frames)
-        # Before a budget is asked for, the results that it rests on must be in.
-        room = self._jobs - 1 if self._control is None else min(self._jobs, DELAY) - 1
-        packets = self._finish(room)
-        budget = None
-        if self._control:
-            budget = self._control.budget(float(gop.duration * self._time_base))
         stored = self._store.get(gop) if self._store else None
-        if stored is not None:
+        if stored is None and self._pool is None:
+            self._pool = self._make_pool()
+        size = 1 if self._pool is None else self._pool.size
+        # Before a budget is asked for, the results that it rests on must be in.
+        packets = self._finish((size if self._control is None else min(size, DELAY)) - 1)
+        budget = self._control.budget(float(gop.duration * self._time_base)) if self._control else None
+        if stored is None:
+            assert self._pool is not None
+            self._running.append((gop, self._pool.submit(self._config, gop, budget), True))
+        else:
             key = FramePacket.unpack(stored[0].data)
             assert key.config is not None
-            self._running.append((gop, EncodedGop(stored, key.config.format.quality), False))
-        elif self._jobs == 1:
-            self._running.append((gop, encode_gop(self._config, gop, budget, self._device, None), True))
-        else:
-            self._running.append((gop, self._submit(gop, budget), True))
-        return packets + (self._finish(0) if self._jobs == 1 else [])
-
-    def _submit(self, gop: Gop, budget: Budget | None) -> Future[EncodedGop]:
-        if self._pool is None:
-            # Processes started anew: forked ones would inherit threads in an unknown state.
-            self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"), _begin_worker)
-        assert self._config is not None
-        threads = max(1, torch.get_num_threads() // self._jobs)
-        return self._pool.submit(encode_gop, self._config, gop, budget, self._device, threads)
+            found: Future[EncodedGop] = Future()
+            found.set_result(EncodedGop(stored, key.config.format.quality))
+            self._running.append((gop, found, False))
+        return packets + self._finish(len(self._running))
 
     def _finish(self, room: int) -> list[Packet]:
-        """The packets of the oldest groups, until no more than `room` are left."""
+        """The packets of the oldest groups that are finished; waits until no more than `room` are left."""
         packets: list[Packet] = []
-        while len(self._running) > room:
+        while self._running and (len(self._running) > room or self._running[0][1].done()):
             gop, result, fresh = self._running.popleft()
             try:
-                encoded = result if isinstance(result, EncodedGop) else result.result()
-            except BrokenProcessPool as error:
+                encoded = result.result()
+            except BrokenExecutor as error:
                 raise CalotypeError(
                     "an encoding process was ended from outside, perhaps for lack of memory: use fewer jobs"
                 ) from error
@@ -317,10 +230,10 @@ class VideoEncoder:
         return packets
 
     def close(self) -> None:
-        """Give up what is not finished and end the processes; `encode(None)` does it at the end."""
+        """Give up what is not finished and end the pool; `encode(None)` does it at the end."""
         self._closed = True
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.close()
             self._pool = None
 
     def __enter__(self) -> VideoEncoder:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None], None]
 """Called with the frames done and, if it is known, their number in all."""
 RAW = "rawvideo"
-"""The encoder of Y4M files."""
+"""The encoder of Y4M files and of bare frames."""
 MILLISECOND = Fraction(1, 1000)
 
 
@@ -235,7 +235,7 @@ class _Export:
             return
         durations = [entry.duration for entry in self.decoder.entries]
         if max(durations) - min(durations) > 1:
-            self._note("frames last unequally long, and Y4M only keeps their mean rate")
+            self._note("frames last unequally long, and raw frames have their mean rate at most")
 
     def _note(self, text: str) -> None:
         self.result.notes.append(text)

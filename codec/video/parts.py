@@ -13,7 +13,7 @@ from typing import Any
 
 from calotype.errors import FormatError, InputError, OutputExistsError
 from calotype.media import write_file
-from calotype.video.encoder import Gop
+from calotype.video.groups import Gop
 from calotype.video.packet import FramePacket, Packet
 from calotype.video.stream import StreamReader, StreamWriter
 

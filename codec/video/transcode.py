@@ -15,6 +15,7 @@ from calotype.errors import InputError, TargetError
 from calotype.models import zoo
 from calotype.publish import publish, refuse_existing
 from calotype.video.encoder import DEFAULT_KEYINT, DEFAULT_QUALITY, RATE_TOLERANCE, VideoEncoder
+from calotype.video.groups import GopPool
 from calotype.video.matroska import MatroskaWriter
 from calotype.video.packet import Packet, StreamConfig
 from calotype.video.parts import PartStore, fingerprint
@@ -32,6 +33,20 @@ _DISPLAY_MATRIX = "DISPLAYMATRIX"
 
 
 @dataclass(frozen=True)
+class RawVideo:
+    """What must be known about frames of 8-bit 4:2:0 planes without any header (FFmpeg's rawvideo, yuv420p).
+
+    Attributes:
+        width, height: in pixels.
+        rate: frames per second, a number or a fraction: "25", "30000/1001".
+    """
+
+    width: int
+    height: int
+    rate: str
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a video is encoded.
 
@@ -40,6 +55,7 @@ class Settings:
         start: seconds of the source to leave out; what follows begins at 0.
         frames: most frames to take.
         sound: keep the sound tracks.
+        raw: the source has frames only, and this tells what they are.
     """
 
     quality: float = DEFAULT_QUALITY
@@ -49,6 +65,7 @@ class Settings:
     start: float = 0.0
     frames: int | None = None
     sound: bool = True
+    raw: RawVideo | None = None
 
 
 @dataclass
@@ -140,8 +157,14 @@ class Footage:
                 return
 
     def _decode(self) -> Iterator[av.VideoFrame]:
-        with readable(self._name):
-            yield from self.container.decode(self.stream)
+        try:
+            with readable(self._name):
+                yield from self.container.decode(self.stream)
+        except InputError as error:
+            if self._settings.raw is None:
+                raise
+            size = f"{self._settings.raw.width}x{self._settings.raw.height}"
+            raise InputError(f"{error}; it must hold whole frames of {size} in yuv420p") from error
 
     def display_matrix(self) -> tuple[int, ...] | None:
         """How the picture is to be turned; None if it is upright."""
@@ -151,11 +174,15 @@ class Footage:
         return tuple(memoryview(bytes(cast(Any, data))).cast("i"))
 
 
-def _open(source: Path | BinaryIO, name: str) -> InputContainer:
+def _open(source: Path | BinaryIO, name: str, raw: RawVideo | None) -> InputContainer:
     import av
 
+    options = {"video_size": f"{raw.width}x{raw.height}", "framerate": raw.rate} if raw else {}
     with readable(name):
-        return av.open(str(source) if isinstance(source, Path) else _ReadOnly(source), "r")
+        return av.open(
+            str(source) if isinstance(source, Path) else _ReadOnly(source), "r",
+            format="rawvideo" if raw else None, options=options,
+        )  # fmt: skip
 
 
 class _ReadOnly:
@@ -173,6 +200,7 @@ def encode_video(
     resume: bool = False,
     overwrite: bool = False,
     jobs: int = 1,
+    pool: Callable[[], GopPool] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
@@ -186,7 +214,7 @@ def encode_video(
         source: a file that FFmpeg reads, or a binary file that need not be seekable; of that the video is kept only.
         resume: go on with the folder that an interrupted call with the same source and settings left.
         overwrite: replace an output that is there.
-        jobs, device: see `VideoEncoder`.
+        jobs, pool, device: see `VideoEncoder`.
         warn: called with a sentence about each track that cannot be kept, before the encoding begins, and about a
             bitrate that was not used up.
     Raises:
@@ -204,7 +232,7 @@ def encode_video(
         if warn:
             warn(note)
 
-    with _open(source, name) as container:
+    with _open(source, name, settings.raw) as container:
         footage = Footage(container, settings, name)
         beside = surroundings(container, footage.stream, sound=settings.sound, format="matroska")
         for note in _losses(beside, source, target):
@@ -217,7 +245,7 @@ def encode_video(
             summary.width, summary.height,
             time_base=cast(Fraction, footage.stream.time_base),
             quality=settings.quality, keyint=settings.keyint, scene_cuts=settings.scene_cuts,
-            target_bitrate=settings.target_bitrate, jobs=jobs, device=device,
+            target_bitrate=settings.target_bitrate, jobs=jobs, pool=pool, device=device,
             sample_aspect=footage.stream.sample_aspect_ratio or Fraction(0),
             display_matrix=footage.display_matrix(), store=store,
             progress=(lambda done: progress(done, total)) if progress else None,
@@ -229,9 +257,10 @@ def encode_video(
                         summary.add(packet)
                         if writer:
                             writer.write(packet.data)
-        except TargetError:
-            if store:
-                store.remove()  # the same settings would end here again
+        except BaseException as error:
+            # The same settings would end here again, or it cannot be resumed.
+            if store and (isinstance(error, TargetError) or not isinstance(source, Path)):
+                store.remove()
             raise
         if writer:
             writer.close()
@@ -298,7 +327,7 @@ def _mux(
             writer.write(packet)
         writer.close()
         return
-    with _open(source, str(source)) as container:
+    with _open(source, str(source), settings.raw) as container:
         video = container.streams.best("video")
         beside = surroundings(container, video, sound=settings.sound, format="matroska")
         excerpt = bool(settings.start or settings.frames)
