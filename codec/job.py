@@ -38,6 +38,7 @@ class EncodeJob:
     metadata: tuple[str, ...]
     verify: bool
     max_pixels: int = DEFAULT_MAX_PIXELS
+    effort: int = 5
 
     def run(self, codec: Codec, source: Path | bytes, progress: Progress | None = None) -> EncodedPicture:
         """Encode the picture in `source` with the codec of `model`.
@@ -51,6 +52,7 @@ class EncodeJob:
             quality=self.quality,
             target=self.target,
             tile=self.tile,
+            effort=self.effort,
             metadata=self.metadata,
             progress=progress,
         )

@@ -7,9 +7,10 @@ of the whole picture, whatever the tiles are.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,14 @@ from calotype.errors import DriftError, FormatError
 from calotype.models import tables
 from calotype.models.hyperprior import STRIDE, Hyperprior
 from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.refinement import Scene, Schedule, differentiable, refine
 from calotype.models.zoo import layout
 from calotype.stopwatch import Stopwatch
 
 WINDOW = 2048 // STRIDE
 """Side of a window in latent positions."""
+SCHEDULES = {7: Schedule(6, 0.05, 1.5, 0.02), 9: Schedule(20, 0.02, 1.5, 0.01)}
+"""How latents are refined, by effort; at other efforts they are those of the analysis."""
 Progress = Callable[[float], None]
 
 
@@ -134,17 +138,36 @@ class PictureCoder:
 
     @torch.inference_mode()
     def encode(
-        self, pixels: npt.NDArray[np.uint8], quality: int, tile: int, watch: Stopwatch, progress: Progress | None = None
+        self,
+        pixels: npt.NDArray[np.uint8],
+        quality: int,
+        tile: int,
+        watch: Stopwatch,
+        progress: Progress | None = None,
+        effort: int = 5,
     ) -> list[bytes]:
-        """Tile payloads in raster order for pixels [H, W, C] at an integer quality and a tile side in pixels."""
+        """Tile payloads in raster order for pixels [H, W, C] at an integer quality and a tile side in pixels.
+
+        At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it.
+        """
         latent = self._analyse(pixels, quality, watch)
         boxes = grid(Box(0, 0, *latent.shape[2:]), tile // STRIDE)
         payloads: list[bytes] = [b""] * len(boxes)
         done = 0
         for numbers in self._batches([b.shape for b in boxes]):
             y = torch.cat([latent[(..., *boxes[n].slices)] for n in numbers]).to(self.device)
+            z = self.network.analyse_hyper(y)
+            if effort in SCHEDULES:
+                with watch("refine"):
+                    refined = []
+                    for place, n in enumerate(numbers):
+                        start, share = (done + place) / len(boxes), 1 / len(boxes)
+                        report = _part(progress, start, share) if progress else None
+                        scene = self._scene(pixels, latent, boxes[n], z[place : place + 1], quality)
+                        refined.append(self._refine(scene, y[place : place + 1], SCHEDULES[effort], report))
+                    y = torch.cat(refined)
             quality_integers = self._quality(quality)[0].expand(len(numbers))
-            coding = self.network.code((len(numbers), *y.shape[2:]), quality_integers, y)
+            coding = self.network.code((len(numbers), *y.shape[2:]), quality_integers, y, z)
             coded, _ = symbols.write(coding, self.tables, len(numbers), watch)
             for n, payload in zip(numbers, coded, strict=True):
                 payloads[n] = payload
@@ -152,6 +175,23 @@ class PictureCoder:
             if progress:
                 progress(done / len(boxes))
         return payloads
+
+    def _scene(self, pixels: npt.NDArray[np.uint8], latent: Tensor, box: Box, z: Tensor, quality: int) -> Scene:
+        outer = box.grown(self.network.halo, *latent.shape[2:])
+        inner = box.relative_to(outer)
+        own = box.scaled(STRIDE).within(Box(0, 0, *pixels.shape[:2]))
+        around = latent[(..., *outer.slices)].to(self.device)
+        return Scene(self._to_network(pixels, own), around, inner.top, inner.left, z, self._quality(quality)[1])
+
+    @functools.cached_property
+    def _differentiable(self) -> Hyperprior:
+        return differentiable(self.network).to(memory_format=self.layout)  # type: ignore[call-overload]
+
+    def _refine(self, scene: Scene, y: Tensor, schedule: Schedule, progress: Progress | None) -> Tensor:
+        with torch.inference_mode(False):
+            # What was computed in inference mode has no place in a graph: copies have.
+            tensors = {name: getattr(scene, name).clone() for name in ("pixels", "around", "z", "t")}
+            return refine(self._differentiable, replace(scene, **tensors), y.clone(), schedule, progress)
 
     def _batches(self, shapes: Sequence[tuple[int, int]]) -> Iterable[list[int]]:
         """Numbers of tiles to be coded together: equal shapes, at most `batch`."""
@@ -311,6 +351,11 @@ class PictureCoder:
             if progress:
                 progress(0.5 + 0.5 * (count + 1) / len(windows))
         return out
+
+
+def _part(progress: Progress, start: float, share: float) -> Progress:
+    """Progress of a part that begins at `start` and makes up `share` of the whole."""
+    return lambda fraction: progress(start + share * fraction)
 
 
 def _conceal(canvas: Tensor, lost: Sequence[Box]) -> None:

@@ -162,12 +162,16 @@ class Hyperprior(nn.Module):
 
     # Coding -----------------------------------------------------------------------------------------------------------
 
-    def code(self, shape: tuple[int, int, int], quality: Tensor, y: Tensor | None = None) -> Coding:
+    def code(
+        self, shape: tuple[int, int, int], quality: Tensor, y: Tensor | None = None, z: Tensor | None = None
+    ) -> Coding:
         """Encode the latent `y`, or decode one of `shape` (B, H, W) if it is None. See `Prior.code`.
 
         `quality` [B] int64 in steps of 1/`QUALITY_STEPS`: an integer, because it chooses among integer tables.
+        `z` is the hyper-latent to encode, that of `y` unless it is given.
         """
-        z = None if y is None else self.analyse_hyper(y)
+        if y is not None and z is None:
+            z = self.analyse_hyper(y)
         return self.prior.code(shape, quality_level(quality), z, y)
 
     def dequantise(self, latent: Tensor) -> Tensor:

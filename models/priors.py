@@ -11,7 +11,7 @@ After Ballé et al., "Variational image compression with a scale hyperprior" (IC
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import torch
@@ -237,7 +237,12 @@ class Prior(nn.Module):
     # Training ---------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, z: Tensor, y: Tensor, t: Tensor, condition: Condition | None = None
+        self,
+        z: Tensor,
+        y: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        rounding: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rates and the quantised latent, differentiable.
 
@@ -245,6 +250,8 @@ class Prior(nn.Module):
             z, y: hyper-latent and latent in quantisation steps.
             t: [B], quality in [0, 1].
             condition: what is known before, for a prior that was made for it.
+            rounding: from differences y - mean to symbols of y, differentiable; replaces rounding in y_hat and the
+                bits of y.
         Returns:
             y_hat [B, M, H, W], bits of y [B], bits of z [B]. In training mode the rates are those of uniform noise in
             place of rounding, in evaluation mode those of the symbols.
@@ -266,10 +273,15 @@ class Prior(nn.Module):
                 part = y[:, p.start : p.stop]
                 coded = index.detach() >= tables.SKIP
                 symbol = (torch.floor(part - mean + 0.5) * coded).detach()
-                y_bits = y_bits + self._bits(part - mean, symbol, index, coded, mask)
+                if rounding is None:
+                    y_bits = y_bits + self._bits(part - mean, symbol, index, coded, mask)
+                else:
+                    soft = rounding(part - mean)
+                    y_bits = y_bits + (gaussian_bits(soft, index) * coded * mask).sum((1, 2, 3))
                 # Where nothing is coded the latent is the mean, and no gradient may tell the encoder otherwise: it
                 # would push the latent on and on without any effect.
-                rounded = torch.where(coded, part + (mean + symbol - part).detach(), mean)
+                near = part + (mean + symbol - part).detach() if rounding is None else mean + soft
+                rounded = torch.where(coded, near, mean)
                 filled = torch.where(mask, rounded, y_hat[:, p.start : p.stop])
                 y_hat = torch.cat([y_hat[:, : p.start], filled, y_hat[:, p.stop :]], 1)
             return y_hat, y_bits, z_bits

@@ -302,7 +302,12 @@ class Spreading:
         seen = []
         original = self.network.code
 
-        def code(shape: tuple[int, int, int], quality: torch.Tensor, y: torch.Tensor | None = None) -> Coding:
+        def code(
+            shape: tuple[int, int, int],
+            quality: torch.Tensor,
+            y: torch.Tensor | None = None,
+            z: torch.Tensor | None = None,
+        ) -> Coding:
             assert y is not None
             seen.append(y.clone())
             return original(shape, quality, y)

@@ -205,25 +205,30 @@ class VvcCodec(StillCodec):
 
 
 class CalotypeCodec(StillCodec):
-    """A model of Calotype; the setting is its quality, 0 to 100."""
+    """A model of Calotype, NAME or NAME@EFFORT; the setting is its quality, 0 to 100."""
 
     suffix = ".clt"
 
-    def __init__(self, model: str, device: str, threads: int) -> None:
-        from calotype.api import Codec
+    def __init__(self, variant: str, device: str, threads: int) -> None:
+        from calotype.api import DEFAULT_EFFORT, EFFORTS, Codec
         from calotype.models import zoo
 
+        model, _, effort = variant.partition("@")
+        if effort and effort not in map(str, EFFORTS):
+            raise InputError(f"effort must be one of {', '.join(map(str, EFFORTS))}, got {effort!r}")
+        self.effort = int(effort or DEFAULT_EFFORT)
         self.model, self.where = model, f"{device}, {threads} thread{'s' if threads > 1 else ''}"
         self.weights = zoo.describe(model).sha256
         self.codec = Codec.load(model, device=device)
 
     def describe(self, setting: float) -> str:
         version = importlib.metadata.version("calotype")
-        what = f"model {self.model}, quality={setting:g}, weights sha256 {self.weights}, {self.where}"
-        return f"calotype {version}: {what}"
+        options = f"quality={setting:g}, effort={self.effort}"
+        return f"calotype {version}: model {self.model}, {options}, weights sha256 {self.weights}, {self.where}"
 
     def encode(self, pixels: Pixels, setting: float, path: Path) -> Seconds:
-        encoded = self.codec.encode(Picture(np.ascontiguousarray(pixels)), quality=setting, metadata=())
+        picture = Picture(np.ascontiguousarray(pixels))
+        encoded = self.codec.encode(picture, quality=setting, effort=self.effort, metadata=())
         path.write_bytes(encoded.data)
         return dict(encoded.seconds)
 
