@@ -130,7 +130,7 @@ def complexity(network: Hyperprior, side: int = 512) -> dict[str, float]:
         t = torch.tensor([0.5])
         with FlopCounterMode(display=False) as analysis:
             y = network.analyse(torch.zeros(1, 3, side, side), t)
-            network.analyse_hyper(y)
+            network.hyper_analysis(y)
         coding = network.code((1, side // 16, side // 16), torch.tensor([500]), y)
         request = next(coding)
         try:

@@ -156,7 +156,7 @@ class PictureCoder:
         done = 0
         for numbers in self._batches([b.shape for b in boxes]):
             y = torch.cat([latent[(..., *boxes[n].slices)] for n in numbers]).to(self.device)
-            z = self.network.analyse_hyper(y)
+            z = self.network.hyper_analysis(y)
             if effort in SCHEDULES:
                 with watch("refine"):
                     refined = []

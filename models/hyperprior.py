@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from calotype.models import tables
 from calotype.models.blocks import blocks, dct_basis
-from calotype.models.priors import HYPER_STRIDE, Coding, Prior
+from calotype.models.priors import Coding, HyperAnalysis, Prior
 from calotype.models.quantizers import Modulation, base_step, quality_level
 
 STRIDE = 16
@@ -77,15 +77,7 @@ class Hyperprior(nn.Module):
         self.dec_modulation = Modulation(c.fine)
         self.dec_step = Modulation(c.latent)
 
-        self.hyper_analysis = nn.Sequential(
-            nn.Conv2d(c.latent, 192, 1),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(192, 128, 2, stride=2),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(128, 128, 3, padding=1),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(128, c.hyper, 2, stride=2),
-        )
+        self.hyper_analysis = HyperAnalysis(c.latent, c.hyper)
         self.prior = Prior(c.latent, c.hyper)
 
         basis = dct_basis(STRIDE, c.latent)
@@ -118,13 +110,6 @@ class Hyperprior(nn.Module):
         y = _by_strips(lambda f, x: self.enc_out(f) + _pointwise(_gather(x, 2), linear), f, eighth)
         return y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None])
 
-    def analyse_hyper(self, y: Tensor) -> Tensor:
-        """Hyper-latent z [B, Z, ceil(H/64), ceil(W/64)] of a latent."""
-        bottom, right = -y.shape[2] % HYPER_STRIDE, -y.shape[3] % HYPER_STRIDE
-        if bottom or right:
-            y = F.pad(y, (0, right, 0, bottom), mode="replicate")
-        return self.hyper_analysis(y).float()
-
     def synthesise(self, y_hat: Tensor, t: Tensor, scale: int = 1) -> Tensor:
         """Picture [B, 3, 16 H / scale, 16 W / scale], around [-0.5, 0.5], from a latent in quantisation steps.
 
@@ -156,7 +141,7 @@ class Hyperprior(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Rates:
         """Rates and reconstruction, differentiable; `t` [B] is quality in [0, 1]."""
         y = self.analyse(x, t)
-        z = self.analyse_hyper(y)
+        z = self.hyper_analysis(y)
         y_hat, y_bits, z_bits = self.prior(z, y, t)
         return Rates(self.synthesise(y_hat, t), y_bits, z_bits)
 
@@ -171,7 +156,7 @@ class Hyperprior(nn.Module):
         `z` is the hyper-latent to encode, that of `y` unless it is given.
         """
         if y is not None and z is None:
-            z = self.analyse_hyper(y)
+            z = self.hyper_analysis(y)
         return self.prior.code(shape, quality_level(quality), z, y)
 
     def dequantise(self, latent: Tensor) -> Tensor:

@@ -175,6 +175,27 @@ def gaussian_bits(offset: Tensor, index: Tensor) -> Tensor:
     return -torch.log2(_LowerBound.apply(mass, 1e-9)) + 2 * beyond
 
 
+class HyperAnalysis(nn.Sequential):
+    """Encoder only: the hyper-latent z [B, Z, ceil(H/4), ceil(W/4)] of a latent y [B, M, H, W]; floats."""
+
+    def __init__(self, latent: int, hyper: int) -> None:
+        super().__init__(
+            nn.Conv2d(latent, 192, 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(192, 128, 2, stride=2),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(128, 128, 3, padding=1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(128, hyper, 2, stride=2),
+        )
+
+    def forward(self, y: Tensor) -> Tensor:
+        bottom, right = -y.shape[2] % HYPER_STRIDE, -y.shape[3] % HYPER_STRIDE
+        if bottom or right:
+            y = F.pad(y, (0, right, 0, bottom), mode="replicate")
+        return super().forward(y).float()
+
+
 class Prior(nn.Module):
     """Entropy model of a latent y [B, M, H, W] and its hyper-latent z [B, Z, ceil(H/4), ceil(W/4)].
 

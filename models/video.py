@@ -28,7 +28,7 @@ from calotype.models import tables
 from calotype.models.blocks import blocks
 from calotype.models.exact import LIMIT, QuantConv, exact_matmul, round_clamp
 from calotype.models.motion import HALF_WIDTHS, Planes, code_field, fit_tables
-from calotype.models.priors import HYPER_STRIDE, HYPER_UNIT, Condition, ContextNet, Prior, Request
+from calotype.models.priors import HYPER_STRIDE, HYPER_UNIT, Condition, ContextNet, HyperAnalysis, Prior, Request
 from calotype.models.quantizers import KNOTS, Modulation, base_step, quality_level
 
 STRIDE = 16
@@ -180,15 +180,7 @@ class Video(nn.Module):
         self.dec_modulation = Modulation(c.fine)
         self.dec_step = Modulation(c.latent)
 
-        self.hyper_analysis = nn.Sequential(
-            nn.Conv2d(c.latent, 192, 1),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(192, 128, 2, stride=2),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(128, 128, 3, padding=1),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(128, c.hyper, 2, stride=2),
-        )
+        self.hyper_analysis = HyperAnalysis(c.latent, c.hyper)
         self.prior = TemporalPrior(c.latent, c.hyper)
         # Tables of vector components, behind those of the prior; counted on clips after training.
         self.register_buffer("motion_frequencies", fit_tables([torch.zeros(2 * half + 2) for half in HALF_WIDTHS]))
@@ -210,13 +202,6 @@ class Video(nn.Module):
         y = self.enc_out(f) + self.enc_linear(unshuffle(residual, STRIDE))
         return y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None])
 
-    def analyse_hyper(self, y: Tensor) -> Tensor:
-        """Hyper-latent z [B, Z, ceil(H/64), ceil(W/64)] of a latent."""
-        bottom, right = -y.shape[2] % HYPER_STRIDE, -y.shape[3] % HYPER_STRIDE
-        if bottom or right:
-            y = F.pad(y, (0, right, 0, bottom), mode="replicate")
-        return self.hyper_analysis(y).float()
-
     def synthesise(self, y_hat: Tensor, prediction: Planes, context: Tensor, t: Tensor) -> Planes:
         """The decoded frame, clamped to [-0.5, 0.5], from a latent in quantisation steps."""
         y = y_hat * (self.dec_step(t) * base_step(t)[:, None, None, None])
@@ -234,7 +219,7 @@ class Video(nn.Module):
         """Rates and reconstruction of one frame, differentiable."""
         context = self.context(prediction)
         y = self.analyse(x, prediction, context, t)
-        z = self.analyse_hyper(y)
+        z = self.hyper_analysis(y)
         y_hat, y_bits, z_bits = self.prior.rates(z, y, t, memory, field)
         return FrameRates(self.synthesise(y_hat, prediction, context, t), y_hat, y_bits, z_bits)
 
@@ -263,7 +248,7 @@ class Video(nn.Module):
         field = yield from code_field((batch, 2 * height, 2 * width), last_field, tables.SCALES, field)
         level = quality_level(quality)
         condition = self.prior.remember(memory, field, level)
-        z = None if y is None else self.analyse_hyper(y)
+        z = None if y is None else self.hyper_analysis(y)
         latent = yield from self.prior.code(shape, level, z, y, condition)
         return field, latent
 

@@ -99,7 +99,7 @@ def _colour_matrices(factor: int) -> tuple[Tensor, Tensor]:
 def code_key_frame(image: Hyperprior, frame: Planes, t: Tensor) -> tuple[Planes, Tensor, Tensor]:
     """Decoded frame, latent in steps, and estimated bits [B] of a key frame."""
     y = image.analyse(to_rgb(frame), t)
-    y_hat, y_bits, z_bits = image.prior(image.analyse_hyper(y), y, t)
+    y_hat, y_bits, z_bits = image.prior(image.hyper_analysis(y), y, t)
     decoded = from_rgb(image.synthesise(y_hat, t))
     return Planes(decoded.luma.clamp(-0.5, 0.5), decoded.chroma.clamp(-0.5, 0.5)), y_hat, y_bits + z_bits
 
