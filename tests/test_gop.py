@@ -190,6 +190,24 @@ def test_other_weights_are_refused(format: VideoFormat, coded: tuple[list[bytes]
         decoder.decode(coded[0][1], key=False)
 
 
+def test_weights_of_the_wrong_kind_are_refused(format: VideoFormat, coded: tuple[list[bytes], list[Frame]]) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ModelNotFoundError, match="still pictures"):
+        GopDecoder(replace(format, intra_weights=format.inter_weights), "cpu")
+    decoder = GopDecoder(replace(format, inter_weights=format.intra_weights), "cpu")
+    decoder.decode(coded[0][0], key=True)
+    with pytest.raises(ModelNotFoundError, match="does not predict"):
+        decoder.decode(coded[0][1], key=False)
+
+
+def test_a_key_packet_must_hold_an_intra_frame(format: VideoFormat, coded: tuple[list[bytes], list[Frame]]) -> None:
+    decoder = GopDecoder(format, "cpu")
+    decoder.decode(coded[0][0], key=True)
+    with pytest.raises(FormatError, match="key packet"):
+        decoder.decode(coded[0][1], key=True)
+
+
 @pytest.mark.parametrize("size", [(2, 2), (1, 1), (17, 33), (64, 5)])
 def test_any_size(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from calotype import symbols
-from calotype.api import DEFAULT_MODEL, pick_device
+from calotype.api import DEFAULT_MODEL, Codec, pick_device
 from calotype.entropy import SymbolTables
 from calotype.errors import FormatError, ModelNotFoundError
 from calotype.models import tables, zoo
-from calotype.models.hyperprior import Hyperprior
 from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
 from calotype.models.quantizers import QUALITY_STEPS, lagrangian
 from calotype.models.video import Memory, Video
@@ -51,17 +50,14 @@ def video_format(width: int, height: int, colour: Colour, quality: int) -> Video
 
 
 @functools.cache
-def _image(weights: bytes, number: int, device: str) -> tuple[Hyperprior, SymbolTables]:
-    network = zoo.load(_name(weights, number), device)
-    assert isinstance(network, Hyperprior)
-    frequencies = network.prior.frequencies.cpu().numpy().astype(np.int32)
-    return network, SymbolTables(frequencies, [tables.half_width(i) for i in range(tables.SCALES)], tables.SKIP)
-
-
-@functools.cache
 def _video(weights: bytes, number: int, device: str) -> tuple[Video, SymbolTables]:
-    network = zoo.load(_name(weights, number), device)
-    assert isinstance(network, Video)
+    name = _name(weights, number)
+    try:
+        network = zoo.load(name, device)
+    except zoo.WeightsError as error:
+        raise ModelNotFoundError(str(error)) from error
+    if not isinstance(network, Video):
+        raise ModelNotFoundError(f"model {name!r} does not predict frames: the video is damaged")
     frequencies = torch.cat([network.prior.frequencies, network.motion_frequencies]).cpu().numpy().astype(np.int32)
     half_widths = [tables.half_width(i) for i in range(tables.SCALES)] + list(HALF_WIDTHS)
     return network, SymbolTables(frequencies, half_widths, tables.SKIP)
@@ -89,7 +85,8 @@ class _Chain:
         self.format = format
         self.device = pick_device(device)
         self.watch = Stopwatch(self.device)
-        self.image, self.image_tables = _image(format.intra_weights, format.intra_model, str(self.device))
+        coder = Codec.load(_name(format.intra_weights, format.intra_model), device=str(self.device)).coder
+        self.image, self.image_tables = coder.network, coder.tables
         self.reference: Planes | None = None
 
     @functools.cached_property
@@ -192,6 +189,8 @@ class GopDecoder(_Chain):
         kind, quality = _HEAD.unpack_from(payload)
         if kind not in (INTRA, INTER) or quality > QUALITY_STEPS:
             raise FormatError(f"a frame of unknown type {kind} or quality {quality}: the video is damaged or too new")
+        if key and kind != INTRA:
+            raise FormatError("a key packet holds a predicted frame: the video is damaged")
         integer, t = self._quality(quality)
         shape = (1, *self.format.latent_shape)
         data = payload[_HEAD.size :]
