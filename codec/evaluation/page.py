@@ -59,7 +59,11 @@ def _nearest(records: Sequence[Record], bpp: float) -> Record:
 
 def _frame(found: Iterable[frames.Frame], number: int, colour: frames.Colour) -> Pixels:
     """One frame of a clip as RGB."""
-    rgb = frames.to_rgb(next(itertools.islice(found, number, None)), colour)
+    import torch
+
+    from calotype.video.planes import frame_rgb
+
+    rgb = frame_rgb(next(itertools.islice(found, number, None)), colour, torch.device("cpu"))
     pixels: Pixels = (rgb[0].permute(1, 2, 0) + 0.5).mul(255).round().clamp(0, 255).byte().numpy()
     return pixels
 

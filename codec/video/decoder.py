@@ -14,7 +14,7 @@ import torch
 
 from calotype.errors import DriftError, FormatError, InputError
 from calotype.limits import DEFAULT_MAX_PIXELS
-from calotype.video import frames
+from calotype.video import frames, planes
 from calotype.video.frames import Frame
 from calotype.video.gop import GopDecoder
 from calotype.video.packet import Packet, StreamConfig
@@ -222,7 +222,7 @@ class VideoDecoder:
         """RGB uint8 [3, H, W] on the decoder's device."""
         from calotype.api import pick_device
 
-        x = frames.to_rgb(shown.frame, shown.config.format.colour, pick_device(self._device))[0]
+        x = planes.frame_rgb(shown.frame, shown.config.format.colour, pick_device(self._device))[0]
         return x.add_(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""One picture of a video: its Y'CbCr planes, what their numbers mean, and the ways to RGB and to PyAV."""
+"""One picture of a video: its Y'CbCr planes, what their numbers mean, and the way to PyAV."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from calotype.errors import InputError
 
 if TYPE_CHECKING:
     import av
-    import torch
     from av.video.plane import VideoPlane
 
 Plane = npt.NDArray[np.uint8]
@@ -86,60 +85,9 @@ def gray(width: int, height: int) -> Frame:
     )
 
 
-# RGB --------------------------------------------------------------------------------------------------------------
-
-
 def sample_ranges(colour: Colour) -> tuple[float, float, float]:
     """Luma offset, luma span and chroma span in code values."""
     return (0.0, 255.0, 255.0) if colour.full_range else (16.0, 219.0, 224.0)
-
-
-def to_rgb(frame: Frame, colour: Colour, device: torch.device | str = "cpu") -> torch.Tensor:
-    """RGB [1, 3, H, W] float32 around [-0.5, 0.5], neither rounded nor clamped: `from_rgb` gives the frame back.
-
-    Each chroma sample covers its 2x2 pixels. Interpolation between them costs the shipped models about 1 % of rate.
-    """
-    import torch
-
-    def plane(samples: Plane) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(samples)).to(device).float()
-
-    offset, luma_span, chroma_span = sample_ranges(colour)
-    red, blue = LUMA_WEIGHTS[colour.matrix]
-    green = 1 - red - blue
-    y = (plane(frame.y) - offset) / luma_span
-    u, v = (_enlarge(plane(c), *frame.y.shape).sub_(128).div_(chroma_span) for c in (frame.u, frame.v))
-    r = y + 2 * (1 - red) * v
-    b = y + 2 * (1 - blue) * u
-    g = (y - red * r - blue * b) / green
-    return torch.stack([r, g, b])[None] - 0.5
-
-
-def from_rgb(x: torch.Tensor, colour: Colour) -> Frame:
-    """The frame of RGB [1, 3, H, W] around [-0.5, 0.5]; clamped and rounded to 8 bits only at the end."""
-    import torch
-
-    offset, luma_span, chroma_span = sample_ranges(colour)
-    red, blue = LUMA_WEIGHTS[colour.matrix]
-    r, g, b = x[0].float() + 0.5
-    y = red * r + (1 - red - blue) * g + blue * b
-    u, v = _reduce((b - y) / (2 * (1 - blue))), _reduce((r - y) / (2 * (1 - red)))
-    planes = (y * luma_span + offset, u * chroma_span + 128, v * chroma_span + 128)
-    return Frame(*(p.round().clamp(0, 255).to(torch.uint8).cpu().numpy() for p in planes))
-
-
-def _enlarge(plane: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Chroma [h, w] at the size of luma."""
-    return plane.repeat_interleave(2, 0).repeat_interleave(2, 1)[:height, :width]
-
-
-def _reduce(plane: torch.Tensor) -> torch.Tensor:
-    """Means over 2x2 pixels, edges repeated where the size is odd: the exact inverse of `_enlarge`."""
-    import torch.nn.functional as F
-
-    height, width = plane.shape
-    padded = F.pad(plane[None, None], (0, width % 2, 0, height % 2), mode="replicate")
-    return F.avg_pool2d(padded, 2)[0, 0]
 
 
 # PyAV -------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,11 @@ def to_rgb(planes: Planes, colour: Colour) -> Tensor:
     return torch.stack([r, g, b])[None] - 0.5
 
 
+def frame_rgb(frame: Frame, colour: Colour, device: torch.device) -> Tensor:
+    """RGB [1, 3, height, width] of a frame as `to_rgb` gives it."""
+    return to_rgb(to_planes(frame, device), colour)[..., : frame.height, : frame.width]
+
+
 def from_rgb(x: Tensor, colour: Colour) -> Planes:
     """Planes, clamped to [-0.5, 0.5], of RGB [1, 3, H, W] around [-0.5, 0.5]; chroma is the mean of 2x2 pixels."""
     offset, luma_span, chroma_span = sample_ranges(colour)
