@@ -14,6 +14,7 @@ from calotype.cli.codecs import Codecs
 from calotype.cli.console import Settings, file_size, stage_times
 from calotype.cli.options import BatchOptions, batch_options, common_options, inputs_argument, size
 from calotype.cli.options import metadata as metadata_kinds
+from calotype.cli.tokens import TokenFiles, is_tokens, model_of, read_tokens, tokens_option
 
 if TYPE_CHECKING:
     from calotype.job import EncodedPicture
@@ -31,7 +32,8 @@ _SCHEMA = "calotype.encode/1"
     type=click.FloatRange(0, 100),
     default=60,
     show_default=True,
-    help="0 (smallest) to 100 (best). This or one of the targets.",
+    help="0 (smallest) to 100 (best). This or one of the targets. With vqgan it picks a codebook: they take equal "
+    "parts of the scale, so five begin at 0, 20, 40, 60 and 80.",
 )
 @click.option("--target-size", type=size, metavar="SIZE", help="Largest size of each file: 40k, 40KiB, 1M or bytes.")
 @click.option("--target-bpp", type=click.FloatRange(0, min_open=True), help="Most bits per pixel of each file.")
@@ -53,6 +55,15 @@ _SCHEMA = "calotype.encode/1"
     help="Encoding time for smaller files at equal quality: 7 and 9 refine each picture by gradient descent, some 20 "
     "and 50 times slower. Decoding stays as fast.",
 )
+@click.option(
+    "--packets",
+    type=click.IntRange(1, 32),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="With vqgan: parts of each tile that can be lost one by one.",
+)
+@tokens_option("With vqgan: also write the tokens, to an .npz file, or to a folder for several inputs.")
 @click.option(
     "--metadata",
     type=metadata_kinds,
@@ -79,6 +90,8 @@ def encode(
     model: str,
     tile: str,
     effort: str,
+    packets: int,
+    tokens: str | None,
     metadata: tuple[str, ...],
     verify: bool,
     max_pixels: int | None,
@@ -91,7 +104,8 @@ def encode(
 ) -> None:
     """Encode pictures (JPEG, PNG, WebP, TIFF, BMP, AVIF, PPM) to .clt files.
 
-    IN is a file, a folder or - for standard input. photo.jpg becomes photo.clt beside it unless -o says otherwise.
+    IN is a file, a folder or - for standard input. photo.jpg becomes photo.clt beside it unless -o says otherwise. IN
+    may also be an .npz file of tokens, which have a quality and a model of their own.
     """
     from calotype.container import SUFFIX
     from calotype.job import EncodeJob
@@ -101,13 +115,21 @@ def encode(
     settings = ctx.ensure_object(Settings)
     target = _target(ctx, {"target_size": target_size, "target_bpp": target_bpp, "target_psnr": target_psnr})
     codecs = Codecs(settings.device)
-    job = EncodeJob(model, quality, target, int(tile), metadata, verify, max_pixels or DEFAULT_MAX_PIXELS, int(effort))
+    limit = max_pixels or DEFAULT_MAX_PIXELS
+    job = EncodeJob(model, quality, target, int(tile), metadata, verify, limit, int(effort), packets)
 
     def work(task: Task, progress: Progress) -> Product:
+        token_files.check(task)
         source = read_bytes(STREAM) if task.source == STREAM else task.source
-        return product(job.run(codecs.named(model), source, progress))
+        if is_tokens(source):
+            given = read_tokens(source, limit)
+            name = model_of(given)
+            made = job.run_tokens(codecs.named(name), given)
+        else:
+            name, made = model, job.run(codecs.named(model), source, progress)
+        return token_files.write(task, product(made, name), made.encoded.data, codecs)
 
-    def product(made: EncodedPicture) -> Product:
+    def product(made: EncodedPicture, model: str = model) -> Product:
         encoded = made.encoded
         record: dict[str, Any] = {
             "width": made.width,
@@ -118,6 +140,7 @@ def encode(
             # JSON has no infinity.
             "psnr": encoded.psnr if encoded.psnr is not None and math.isfinite(encoded.psnr) else None,
             "model": model,
+            "packets": packets,
             "verified": verify,
             "seconds": dict(encoded.seconds),
         }
@@ -127,11 +150,14 @@ def encode(
         return Product(encoded.data, record, line + stage_times(settings, encoded.seconds))
 
     tasks = plan(inputs, batch, suffix=SUFFIX, input_suffixes=INPUT_SUFFIXES)
+    token_files = TokenFiles(tokens, inputs, tasks, batch, INPUT_SUFFIXES)
     if cluster is not None:
+        if tokens is not None or any(is_tokens(task.source) for task in tasks):
+            raise click.UsageError("--cluster encodes pictures only, and writes no tokens.")
         from calotype.cli.cluster import encode_on_cluster
 
-        limit = None if ctx.get_parameter_source("jobs") is ParameterSource.DEFAULT else batch.jobs
-        ctx.exit(encode_on_cluster(cluster, job, tasks, batch, settings, schema=_SCHEMA, limit=limit, product=product))
+        most = None if ctx.get_parameter_source("jobs") is ParameterSource.DEFAULT else batch.jobs
+        ctx.exit(encode_on_cluster(cluster, job, tasks, batch, settings, schema=_SCHEMA, limit=most, product=product))
     # Loading first makes a missing model one error of the command, not one of each file.
     ctx.exit(Batch(tasks, batch, settings, schema=_SCHEMA).run(work, prepare=lambda: codecs.named(model)))
 

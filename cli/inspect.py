@@ -125,12 +125,14 @@ def _info_text(record: dict[str, Any]) -> str:
     kind = {1: "gray", 3: "RGB"}[record["channels"]] + (" with alpha" if record["alpha"] else "")
     model = record["model"] or "not installed"
     metadata = ", ".join(f"{name} {file_size(record[name])}" for name in ("icc", "exif", "xmp") if record[name])
+    packets = f", in {record['packets']} packets each" if record["packets"] > 1 else ""
+    codebook = f", {record['codebook']} codewords" if record["codebook"] else ""
     return "\n".join(
         (
             f"{record['width']}x{record['height']} {kind}, {file_size(record['file_bytes'])}, {record['bpp']:.3f} bpp",
-            f"  quality   {record['quality']:g}",
+            f"  quality   {record['quality']:g}{codebook}",
             f"  model     {model} (weights {record['weights']})",
-            f"  tiles     {record['tiles']} of {record['tile']}x{record['tile']}",
+            f"  tiles     {record['tiles']} of {record['tile']}x{record['tile']}{packets}",
             f"  metadata  {metadata or 'none'}",
             f"  format    {record['version']}",
         )

@@ -108,9 +108,14 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where to put the weights. [default: beside the installed ones]",
 )
+@click.option(
+    "--photos",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Photographs to which the codebooks of mixture are fitted.",
+)
 @json_option
 @common_options
-def export(*, checkpoint: Path, name: str, folder: Path | None, as_json: bool) -> None:
+def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | None, as_json: bool) -> None:
     """Turn a training CHECKPOINT into shippable weights called NAME."""
     from calotype.errors import InputError, ModelNotFoundError
 
@@ -121,9 +126,11 @@ def export(*, checkpoint: Path, name: str, folder: Path | None, as_json: bool) -
 
     folder = folder or WEIGHTS
     try:
-        written = export_weights(checkpoint, name, folder)
+        written = export_weights(checkpoint, name, folder, photos)
     except LookupError as error:
         raise ModelNotFoundError(f"{name} is not a model of the index in {folder}: add it there first") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{error}: use --photos") from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(f"{checkpoint} is not a checkpoint of {name}") from error
     if as_json:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calotype.container import ImageInfo, probe
     from calotype.media import Picture, read_picture, write_picture
     from calotype.rate import Target
+    from calotype.tokens import Tokens
     from calotype.video.decoder import FrameBatch, VideoDecoder
     from calotype.video.encoder import VideoEncoder
     from calotype.video.info import VideoInfo, probe_video
@@ -29,6 +30,7 @@ __all__ = [
     "Packet",
     "Picture",
     "Target",
+    "Tokens",
     "VideoDecoder",
     "VideoEncoder",
     "VideoInfo",
@@ -45,6 +47,7 @@ _HOMES = {
     "ImageInfo": "container", "probe": "container",
     "Picture": "media", "read_picture": "media", "write_picture": "media",
     "Target": "rate",
+    "Tokens": "tokens",
     "Packet": "video.packet", "FrameBatch": "video.decoder", "VideoDecoder": "video.decoder",
     "VideoEncoder": "video.encoder", "VideoInfo": "video.info", "probe_video": "video.info",
 }  # fmt: skip

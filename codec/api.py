@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +23,9 @@ from calotype.rate import QUALITY_STEPS, Target
 if TYPE_CHECKING:
     import torch
 
-    from calotype.picture import Box, DecodeJob, PictureCoder
+    from calotype.picture import Box, PictureCoder
     from calotype.stopwatch import Stopwatch
+    from calotype.tokens import PacketJob, TokenCoder, Tokens
 
 DEFAULT_MODEL = "hyperprior"
 DEFAULT_QUALITY = 60.0
@@ -49,11 +51,21 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded picture, and the numbers of the tiles that were damaged (empty unless `allow_partial`)."""
+    """A decoded picture, and what of it had to be filled in.
+
+    Payloads are numbered tile after tile, and packet after packet in a tile of several.
+
+    Attributes:
+        damaged: numbers of the payloads that were damaged (empty unless `allow_partial`).
+        lost: numbers of the payloads that were dropped to simulate loss.
+        packets: payloads of a tile.
+    """
 
     picture: Picture
     damaged: tuple[int, ...]
     seconds: Mapping[str, float]
+    lost: tuple[int, ...] = ()
+    packets: int = 1
 
 
 def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
@@ -110,16 +122,19 @@ _LOADING = threading.Lock()
 
 
 @functools.cache
-def _coder(name: str, device: str) -> PictureCoder:
-    from calotype.models.hyperprior import Hyperprior
-    from calotype.picture import PictureCoder
+def _coder(name: str, device: str) -> PictureCoder | TokenCoder:
+    from calotype.models.vqgan import Vqgan
+    from calotype.picture import PictureCoder, StillModel
+    from calotype.tokens import TokenCoder
 
     chosen = pick_device(device)
     try:
         network = zoo.load(name, str(chosen))
     except zoo.WeightsError as error:
         raise ModelNotFoundError(str(error)) from error
-    if not isinstance(network, Hyperprior):
+    if isinstance(network, Vqgan):
+        return TokenCoder(network, chosen)
+    if not isinstance(network, StillModel):
         raise ModelNotFoundError(f"model {name!r} does not code still pictures")
     return PictureCoder(network, chosen)
 
@@ -127,7 +142,7 @@ def _coder(name: str, device: str) -> PictureCoder:
 class Codec:
     """A model on a device: encodes and decodes pictures. Threads may share one."""
 
-    def __init__(self, coder: PictureCoder, spec: zoo.ModelSpec) -> None:
+    def __init__(self, coder: PictureCoder | TokenCoder, spec: zoo.ModelSpec) -> None:
         self.coder, self.spec = coder, spec
 
     @classmethod
@@ -145,48 +160,47 @@ class Codec:
         tile: int = DEFAULT_TILE,
         effort: int = DEFAULT_EFFORT,
         metadata: Collection[str] = METADATA,
+        packets: int = 1,
         progress: Progress | None = None,
     ) -> Encoded:
         """Encode a picture.
 
         Args:
             quality: 0 (smallest) to 100 (best), in steps of 0.1; ignored if there is a target.
-            target: end just below a size or rate, or at a PSNR.
+            target: end just below a size or rate, or at a PSNR; with a model of tokens the best step of its ladder that
+                is no larger, or the first that reaches the PSNR.
             tile: side in pixels of the tiles that can be decoded alone: 256, 512, 1024, 2048 or 4096.
             effort: 5, or 7 or 9: the encoder refines the latent of this picture by 6 or 20 steps of gradient descent.
                 Smaller files at equal quality for much more encoding time; decoding stays as it is.
             metadata: which of "icc", "exif" and "xmp" are kept.
+            packets: 1 to 32 parts of each tile that can be lost one by one; above 1 with models of tokens only.
             progress: called with the fraction that is done.
         Raises:
             InputError for arguments out of range, LimitError, TargetError.
         """
         from calotype.stopwatch import Stopwatch
+        from calotype.tokens import TokenCoder
 
-        if not 0 <= quality <= 100:
-            raise InputError(f"quality must be 0 to 100, got {quality:g}")
-        if tile not in container.TILE_SIZES:
-            raise InputError(f"tile must be one of {', '.join(map(str, container.TILE_SIZES))}, got {tile}")
+        _check_quality(quality)
+        coder = self.coder if packets == 1 else self._token_coder()
+        _check_layout(picture.width, picture.height, tile, packets)
         if effort not in EFFORTS:
             raise InputError(f"effort must be one of {', '.join(map(str, EFFORTS))}, got {effort}")
         unknown = set(metadata) - set(METADATA)
         if unknown:
             raise InputError(f"unknown metadata {', '.join(sorted(unknown))}: use {', '.join(METADATA)}")
-        if max(picture.width, picture.height) > MAX_SIDE:
-            raise LimitError(f"{picture.width}x{picture.height}: a side may have {MAX_SIDE} pixels at most")
-        if -(-picture.width // tile) * -(-picture.height // tile) > MAX_TILES:
-            raise LimitError(f"more than {MAX_TILES} tiles: use larger ones")
         watch = Stopwatch(self.coder.device)
         boxes = {key: value for key in METADATA if key in metadata and (value := getattr(picture, key))}
         with watch("alpha"):
             alpha = None if picture.alpha is None else media.encode_alpha(picture.alpha)
 
         def pack(step: int, on_progress: Progress | None = None) -> bytes:
-            tiles = self.coder.encode(picture.pixels, step, tile, watch, on_progress, effort)
-            header = Header(
-                picture.width, picture.height, picture.pixels.shape[2], alpha is not None, tile, step, self.spec.id,
-                bytes.fromhex(self.spec.sha256[:16]),
-            )  # fmt: skip
-            return container.write_still(header, tiles, boxes=boxes, alpha=alpha)
+            if isinstance(coder, TokenCoder):
+                tiles = coder.encode(picture.pixels, step, tile, watch, on_progress, effort, packets)
+            else:
+                tiles = coder.encode(picture.pixels, step, tile, watch, on_progress, effort)
+            header = self._header(picture.width, picture.height, picture.pixels.shape[2], tile, step, packets)
+            return container.write_still(replace(header, alpha=alpha is not None), tiles, boxes=boxes, alpha=alpha)
 
         area = picture.width * picture.height
         reached: float | None = None
@@ -207,7 +221,10 @@ class Codec:
                     return value, (data, value)
                 return (len(data) * 8 / area if target.kind == "bpp" else float(len(data))), (data, None)
 
-            step, (data, reached) = rate.search(target, trial)
+            if isinstance(coder, TokenCoder):
+                step, (data, reached) = rate.climb(target, coder.qualities(), trial)
+            else:
+                step, (data, reached) = rate.search(target, trial)
             if progress:
                 progress(1.0)
         return Encoded(data, step * 100 / QUALITY_STEPS, len(data) * 8 / area, reached, watch.seconds)
@@ -219,6 +236,8 @@ class Codec:
         region: Region | None = None,
         scale: int = 1,
         allow_partial: bool = False,
+        simulate_loss: float = 0.0,
+        seed: int = 0,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         progress: Progress | None = None,
     ) -> Decoded:
@@ -227,7 +246,9 @@ class Codec:
         Args:
             region: (x, y, width, height) in pixels of the full picture; only the tiles it touches are decoded.
             scale: 1, 2, 4 or 8: the picture, or region, at 1/scale of its size.
-            allow_partial: fill in damaged tiles instead of raising.
+            allow_partial: fill in damaged tiles, or packets of them, instead of raising.
+            simulate_loss: share in [0, 1] of the file's tiles, or packets of them, that is dropped and filled in, for
+                experiments: exactly that share, rounded to the nearest, chosen by `seed`.
             max_pixels: refuse larger pictures before allocating memory for them.
         Raises:
             FormatError and its kinds, LimitError, ModelNotFoundError, DriftError, InputError for bad arguments.
@@ -236,6 +257,8 @@ class Codec:
 
         if scale not in SCALES:
             raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
+        if not 0 <= simulate_loss <= 1:
+            raise InputError(f"the share of packets to lose must be 0 to 1, got {simulate_loss:g}")
         watch = Stopwatch(self.coder.device)
         with watch("parse"):
             header = container.read_header(data, max_pixels=max_pixels)
@@ -243,7 +266,8 @@ class Codec:
             job = _job(header, watch, allow_partial=allow_partial)
             wanted = None if region is None else self._for(header).coder.tiles_for(job, area)
             still = container.read_still(data, max_pixels=max_pixels, partial=allow_partial, wanted=wanted)
-            job.payload = still.tiles.__getitem__
+            lost = set(random.Random(seed).sample(range(header.payloads), round(simulate_loss * header.payloads)))
+            job.payload = lambda number: None if number in lost else still.tiles[number]
             codec = self._for(header)
         pixels = codec._pixels(job, header, area, scale, progress)
         alpha = None
@@ -255,7 +279,8 @@ class Codec:
                     if not allow_partial:
                         raise FormatError(str(error)) from error
         picture = Picture(pixels, alpha, still.boxes.get("icc"), still.boxes.get("exif"), still.boxes.get("xmp"))
-        return Decoded(picture, tuple(sorted(job.damaged)), watch.seconds)
+        damaged = tuple(sorted(set(job.damaged) - lost))
+        return Decoded(picture, damaged, watch.seconds, tuple(sorted(lost)), header.packets)
 
     def encode_batch(
         self,
@@ -299,6 +324,7 @@ class Codec:
         import torch
 
         from calotype import batch
+        from calotype.tokens import TokenCoder
 
         if scale not in SCALES:
             raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
@@ -315,15 +341,19 @@ class Codec:
                 raise type(error)(f"file {number} of the batch: {error}") from error
             stills.append(still)
         header = stills[0].header
-        groups: dict[tuple[int, bytes], list[int]] = {}
+        groups: dict[tuple[int, int, bytes], list[int]] = {}
         for number, still in enumerate(stills):
-            groups.setdefault((still.header.tile, still.header.weights), []).append(number)
+            groups.setdefault((still.header.tile, still.header.packets, still.header.weights), []).append(number)
         height, width = -(-header.height // scale), -(-header.width // scale)
         channels = header.channels + header.alpha
         out = torch.empty(len(files), channels, height, width, dtype=torch.uint8, device=self.coder.device)
         for numbers in groups.values():
-            coder = self._for(stills[numbers[0]].header).coder
-            pixels = batch.decode(coder, {n: stills[n] for n in numbers}, scale)
+            codec = self._for(stills[numbers[0]].header)
+            if isinstance(codec.coder, TokenCoder):
+                for number in numbers:
+                    out[number, : header.channels] = codec._alone(number, stills[number], scale)
+                continue
+            pixels = batch.decode(codec.coder, {n: stills[n] for n in numbers}, scale)
             if header.channels == 1:
                 pixels = pixels.float().mean(1, keepdim=True).round().to(torch.uint8)
             out[numbers, : header.channels] = pixels
@@ -336,8 +366,38 @@ class Codec:
                 out[number, -1] = torch.from_numpy(alpha).to(out.device)
         return out
 
+    def _alone(self, number: int, still: Still, scale: int) -> torch.Tensor:
+        """Pixels [C, h, w] uint8 of a file of a batch."""
+        import torch
+
+        from calotype.stopwatch import Stopwatch
+
+        job = _job(still.header, Stopwatch(self.coder.device))
+        job.payload = still.tiles.__getitem__
+        try:
+            pixels = self._pixels(job, still.header, _area(still.header, None), scale)
+        except CalotypeError as error:
+            raise type(error)(f"file {number} of the batch: {error}") from error
+        return torch.from_numpy(pixels).permute(2, 0, 1).to(self.coder.device)
+
     def _for(self, header: Header) -> Codec:
-        """This codec, or the one whose weights the file names. Raises ModelNotFoundError."""
+        """This codec, or the one whose weights the file names.
+
+        Raises ModelNotFoundError, FormatError for packets where there can be none.
+        """
+        from calotype.tokens import TokenCoder
+
+        codec = self._named(header)
+        if header.packets > 1 and not isinstance(codec.coder, TokenCoder):
+            raise FormatError("the file has packets, but its model knows none: it is damaged")
+        return codec
+
+    def _header(self, width: int, height: int, channels: int, tile: int, quality: int, packets: int = 1) -> Header:
+        """Of a file without alpha that this codec writes."""
+        weights = bytes.fromhex(self.spec.sha256[:16])
+        return Header(width, height, 1 if channels == 1 else 3, False, tile, quality, self.spec.id, weights, packets)
+
+    def _named(self, header: Header) -> Codec:
         if bytes.fromhex(self.spec.sha256[:16]) == header.weights:
             return self
         name = zoo.name_of(header.weights)
@@ -349,12 +409,10 @@ class Codec:
         return Codec.load(name, device=str(self.coder.device))
 
     def _pixels(
-        self, job: DecodeJob, header: Header, area: Box, scale: int = 1, progress: Progress | None = None
+        self, job: PacketJob, header: Header, area: Box, scale: int = 1, progress: Progress | None = None
     ) -> npt.NDArray[np.uint8]:
         pixels = self.coder.decode(job, area, scale, progress)
-        if header.channels == 1:
-            return np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8)
-        return pixels
+        return _gray(pixels) if header.channels == 1 else pixels
 
     def symbol_hash(self, data: bytes) -> str:
         """SHA-256 of all decoded symbols in raster order of the tiles: equal on every machine."""
@@ -375,12 +433,129 @@ class Codec:
         if deep:
             self.symbol_hash(data)
 
+    # Tokens -----------------------------------------------------------------------------------------------------------
 
-def _job(header: Header, watch: Stopwatch, *, allow_partial: bool = False) -> DecodeJob:
-    from calotype.picture import DecodeJob
+    def tokenise(self, picture: Picture, *, quality: float = DEFAULT_QUALITY) -> Tokens:
+        """The tokens of a picture, without its alpha and metadata.
+
+        Raises InputError if this is not a model of tokens, or for a quality out of range; LimitError.
+        """
+        from calotype.stopwatch import Stopwatch
+
+        coder = self._token_coder()
+        _check_quality(quality)
+        _check_layout(picture.width, picture.height, DEFAULT_TILE, 1)
+        step = round(quality * QUALITY_STEPS / 100)
+        header = self._header(picture.width, picture.height, picture.pixels.shape[2], DEFAULT_TILE, step)
+        return self._as_tokens(header, coder.analyse(picture.pixels, step, Stopwatch(coder.device)))
+
+    def tokens_of(self, data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tokens:
+        """The tokens in a file. Raises what `decode` does; InputError if its model is not one of tokens."""
+        from calotype.stopwatch import Stopwatch
+
+        still = container.read_still(data, max_pixels=max_pixels)
+        codec = self._for(still.header)
+        job = _job(still.header, Stopwatch(codec.coder.device))
+        job.payload = still.tiles.__getitem__
+        tokens, _ = codec._token_coder().read(job, _whole(job))
+        return codec._as_tokens(still.header, tokens)
+
+    def draw(self, tokens: Tokens, *, region: Region | None = None, scale: int = 1) -> Picture:
+        """The picture that tokens stand for; `region` and `scale` as in `decode`.
+
+        Raises InputError if they are not tokens of the model whose weights they name, ModelNotFoundError if it is not
+        installed.
+        """
+        import torch
+
+        from calotype.stopwatch import Stopwatch
+
+        if scale not in SCALES:
+            raise InputError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
+        codec, header = self._of_tokens(tokens, DEFAULT_TILE, 1)
+        job = _job(header, Stopwatch(codec.coder.device))
+        indexes = torch.from_numpy(tokens.indexes).long()
+        known = torch.ones_like(indexes, dtype=torch.bool)
+        pixels = codec._token_coder().draw(job, _whole(job), indexes, known, _area(header, region), scale)
+        return Picture(_gray(pixels) if header.channels == 1 else pixels)
+
+    def encode_tokens(self, tokens: Tokens, *, tile: int = DEFAULT_TILE, packets: int = 1) -> bytes:
+        """The file of tokens, as `encode` makes it of the picture that they are of. Raises as `draw`, LimitError."""
+        import torch
+
+        from calotype.stopwatch import Stopwatch
+
+        _check_layout(tokens.width, tokens.height, tile, packets)
+        codec, header = self._of_tokens(tokens, tile, packets)
+        indexes, watch = torch.from_numpy(tokens.indexes).long(), Stopwatch(codec.coder.device)
+        return container.write_still(header, codec._token_coder().write(indexes, header.quality, tile, packets, watch))
+
+    def _token_coder(self) -> TokenCoder:
+        from calotype.tokens import TokenCoder
+
+        if not isinstance(self.coder, TokenCoder):
+            raise InputError(f"model {self.spec.name!r} has no tokens and no packets: use one that has, such as vqgan")
+        return self.coder
+
+    def _as_tokens(self, header: Header, indexes: torch.Tensor) -> Tokens:
+        from calotype.tokens import Tokens
+
+        return Tokens(
+            indexes.numpy().astype(np.int32), self._token_coder().codebook(header.quality), header.quality / 10,
+            header.width, header.height, header.channels, header.weights,
+        )  # fmt: skip
+
+    def _of_tokens(self, tokens: Tokens, tile: int, packets: int) -> tuple[Codec, Header]:
+        """The codec that tokens are of, and the header of their file. Raises ModelNotFoundError, InputError."""
+        step = round(tokens.quality * QUALITY_STEPS / 100)
+        header = replace(
+            self._header(tokens.width, tokens.height, tokens.channels, tile, step, packets), weights=tokens.weights
+        )
+        codec = self._named(header)
+        size = len(codec._token_coder().codebook(step))
+        if size != len(tokens.codebook):
+            raise InputError(
+                f"at quality {tokens.quality:g} the model {codec.spec.name} has {size} codewords, "
+                f"these tokens have {len(tokens.codebook)}"
+            )
+        return codec, replace(header, model=codec.spec.id)
+
+
+def _check_quality(quality: float) -> None:
+    if not 0 <= quality <= 100:
+        raise InputError(f"quality must be 0 to 100, got {quality:g}")
+
+
+def _check_layout(width: int, height: int, tile: int, packets: int) -> None:
+    """Raise InputError, LimitError unless a file can hold a picture in such tiles and packets."""
+    if tile not in container.TILE_SIZES:
+        raise InputError(f"tile must be one of {', '.join(map(str, container.TILE_SIZES))}, got {tile}")
+    if not 1 <= packets <= container.MAX_PACKETS:
+        raise InputError(f"packets must be 1 to {container.MAX_PACKETS}, got {packets}")
+    if max(width, height) > MAX_SIDE:
+        raise LimitError(f"{width}x{height}: a side may have {MAX_SIDE} pixels at most")
+    if -(-width // tile) * -(-height // tile) * packets > MAX_TILES:
+        raise LimitError(f"more than {MAX_TILES} tiles, or packets of them: use larger ones")
+
+
+def _job(header: Header, watch: Stopwatch, *, allow_partial: bool = False) -> PacketJob:
+    from calotype.tokens import PacketJob
 
     size = (header.height, header.width)
-    return DecodeJob(lambda number: None, size, header.quality, header.tile, watch, allow_partial)
+    return PacketJob(
+        lambda number: None, size, header.quality, header.tile, watch, allow_partial, packets=header.packets
+    )
+
+
+def _whole(job: PacketJob) -> Box:
+    """All positions of the latent or of the tokens."""
+    from calotype.picture import Box
+
+    return Box(0, 0, *job.latent_shape)
+
+
+def _gray(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8)
 
 
 def _area(header: Header, region: Region | None) -> Box:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from calotype.container import Still
-from calotype.models.hyperprior import STRIDE
 from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.transforms import STRIDE
 from calotype.picture import WINDOW, Box, PictureCoder, grid
 from calotype.stopwatch import Stopwatch
 
@@ -37,7 +37,7 @@ def _decode_group(coder: PictureCoder, stills: Mapping[int, Still], scale: int) 
     names = [f"file {number} of the batch" for number in stills]
     watch = Stopwatch(coder.device)
     t = torch.tensor(qualities, device=coder.device).float() / QUALITY_STEPS
-    channels = coder.network.config.latent
+    channels = coder.network.latent_channels
     # Channels innermost, as the networks give and take them.
     latent = torch.empty(len(stills), rows, columns, channels, device=coder.device).permute(0, 3, 1, 2)
     for tile, box in enumerate(grid(Box(0, 0, rows, columns), header.tile // STRIDE)):
@@ -48,7 +48,7 @@ def _decode_group(coder: PictureCoder, stills: Mapping[int, Still], scale: int) 
     for window in grid(Box(0, 0, rows, columns), WINDOW):
         outer = window.grown(coder.network.halo, rows, columns)
         part = latent[(..., *outer.slices)].contiguous(memory_format=coder.layout)
-        x = coder.network.synthesise(coder.network.dequantise(part), t, scale)
+        x = coder.transforms.synthesise(coder.network.dequantise(part), t, scale)
         seen = window.scaled(STRIDE // scale).within(whole)
         x = x[(..., *seen.relative_to(outer.scaled(STRIDE // scale)).slices)]
         out[(..., *seen.slices)] = x.add(0.5).mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""The `.clt` chunk file: header, metadata boxes, one chunk a tile. No networks, no pixels. See docs/FORMAT.md."""
+"""The `.clt` chunk file: header, metadata, chunks of tiles or packets. No networks, no pixels. See docs/FORMAT.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from calotype.limits import DEFAULT_MAX_PIXELS, MAX_METADATA, MAX_SIDE, MAX_TILE
 
 SUFFIX = ".clt"
 MAGIC = b"\x89CLT\r\n\x1a\n"
-VERSION = (1, 0)
+VERSION = (1, 1)
+"""Files are marked with the oldest version that describes them."""
 PROFILE = 1
 """Arithmetic profile: the integer rules of `calotype.models.exact`."""
 
@@ -27,6 +28,7 @@ _FIXED = len(MAGIC) + _CHUNK.size + _HEADER.size + _CRC.size
 HEADER, TABLE, TILE, ALPHA = b"HEAD", b"TIDX", b"TILE", b"ALPH"
 BOXES: Mapping[str, bytes] = {"icc": b"iCCP", "exif": b"eXIF", "xmp": b"xMPd"}
 _Report = Callable[[FormatError], None]
+MAX_PACKETS = 32
 TILE_SIZES = (256, 512, 1024, 2048, 4096)
 
 
@@ -34,7 +36,8 @@ TILE_SIZES = (256, 512, 1024, 2048, 4096)
 class Header:
     """The fixed fields of a still picture.
 
-    quality is an integer in [0, 1000]; weights are the first 8 bytes of the SHA-256 of the weights file.
+    quality is an integer in [0, 1000]; weights are the first 8 bytes of the SHA-256 of the weights file. Each tile has
+    `packets` parts that can be lost one by one: the payloads of TILE chunks are tile after tile, packet after packet.
     """
 
     width: int
@@ -45,12 +48,13 @@ class Header:
     quality: int
     model: int
     weights: bytes
+    packets: int = 1
 
     def pack(self) -> bytes:
-        flags = self.channels | (4 if self.alpha else 0)
+        flags = self.channels | (4 if self.alpha else 0) | (self.packets - 1) << 3
         return _HEADER.pack(
-            *VERSION, self.width, self.height, flags, self.tile.bit_length() - 1, self.quality, self.model, PROFILE,
-            self.weights,
+            VERSION[0], int(self.packets > 1), self.width, self.height, flags, self.tile.bit_length() - 1, self.quality,
+            self.model, PROFILE, self.weights,
         )  # fmt: skip
 
     @classmethod
@@ -71,11 +75,13 @@ class Header:
             raise FormatError(f"arithmetic profile {profile} is unknown: use a newer Calotype")
         if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
             raise FormatError(f"impossible picture size {width}x{height}: the file is damaged")
-        if channels not in (1, 3) or flags & ~7 or not 8 <= tile <= 12 or quality > 1000:
+        if channels not in (1, 3) or not 8 <= tile <= 12 or quality > 1000:
             raise FormatError("a header field is out of range: the file is damaged")
-        header = cls(width, height, channels, bool(flags & 4), 1 << tile, quality, model, weights)
-        if header.tiles > MAX_TILES:
-            raise LimitError(f"{header.tiles} tiles are more than the {MAX_TILES} that this program reads")
+        header = cls(width, height, channels, bool(flags & 4), 1 << tile, quality, model, weights, (flags >> 3) + 1)
+        if header.payloads > MAX_TILES:
+            raise LimitError(
+                f"{header.payloads} tiles, or packets of them, are more than the {MAX_TILES} that this program reads"
+            )
         return header
 
     @property
@@ -89,6 +95,16 @@ class Header:
     @property
     def tiles(self) -> int:
         return self.columns * self.rows
+
+    @property
+    def payloads(self) -> int:
+        """Number of TILE chunks."""
+        return self.tiles * self.packets
+
+    def name(self, number: int) -> str:
+        """What messages call the payload of this number."""
+        tile, packet = divmod(number, self.packets)
+        return f"tile {tile}" if self.packets == 1 else f"packet {packet} of tile {tile}"
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,8 @@ class ImageInfo(BaseModel):
     weights: str
     tile: int
     tiles: int
+    packets: int
+    codebook: int | None
     version: str
     file_bytes: int
     bpp: float
@@ -139,7 +157,7 @@ class ImageInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Still:
-    """A parsed file: tiles are views of the payloads in raster order, None where one is missing or damaged."""
+    """A parsed file: `tiles` are views of the payloads of TILE chunks, None where one is missing or damaged."""
 
     header: Header
     version: tuple[int, int]
@@ -236,7 +254,7 @@ def read_still(
     """Parse a file and check the CRC of all that is read.
 
     With `partial`, damage outside the header is collected in `Still.damage` instead of raised. With `wanted`, only
-    these tiles are read and checked, the others are None; the tile table leads to them.
+    these payloads are read and checked, the others are None; the tile table leads to them.
     Raises FormatError and its kinds, LimitError.
     """
     header = read_header(data, max_pixels=max_pixels)
@@ -254,7 +272,7 @@ def read_still(
         damage.append(error)
 
     offset = len(MAGIC) + _CHUNK.size + _CHUNK.unpack_from(view, len(MAGIC))[0] + _CRC.size
-    while offset < len(view) and len(tiles) < header.tiles:
+    while offset < len(view) and len(tiles) < header.payloads:
         try:
             chunk = _read_chunk(view, offset)
         except TruncatedError as error:
@@ -263,7 +281,7 @@ def read_still(
         offset += chunk.length
         if chunk.name == TILE:
             if not chunk.crc_ok:
-                report(ChecksumError(f"tile {len(tiles)} is damaged (checksum)"))
+                report(ChecksumError(f"{header.name(len(tiles))} is damaged (checksum)"))
             tiles.append(chunk.payload if chunk.crc_ok else None)
         elif not chunk.crc_ok:
             report(ChecksumError(f"the chunk at byte {chunk.offset} is damaged (checksum)"))
@@ -282,9 +300,10 @@ def read_still(
         elif chunk.name[:1].isupper():
             report(FormatError(f"unknown critical chunk {chunk.name.decode('latin-1')!r}: use a newer Calotype"))
         seen.add(chunk.name)
-    if len(tiles) < header.tiles:
-        report(TruncatedError(f"{header.tiles - len(tiles)} of {header.tiles} tiles are missing"))
-        tiles += [None] * (header.tiles - len(tiles))
+    if len(tiles) < header.payloads:
+        missing, kind = header.payloads - len(tiles), "tiles" if header.packets == 1 else "packets"
+        report(TruncatedError(f"{missing} of {header.payloads} {kind} are missing"))
+        tiles += [None] * missing
     if header.alpha and alpha is None:
         report(TruncatedError("the alpha plane is missing"))
     version = (view[len(MAGIC) + _CHUNK.size], view[len(MAGIC) + _CHUNK.size + 1])
@@ -300,10 +319,10 @@ def _tiles_by_table(
     wanted: Collection[int] | None,
 ) -> list[memoryview | None]:
     """Tiles at the places that the table gives: a damaged chunk header does not lose the tiles behind it."""
-    if len(table) != 4 * header.tiles:
+    if len(table) != 4 * header.payloads:
         raise FormatError("the tile table does not match the header: the file is damaged")
     tiles: list[memoryview | None] = []
-    for number, length in enumerate(struct.unpack(f"<{header.tiles}I", table)):
+    for number, length in enumerate(struct.unpack(f"<{header.payloads}I", table)):
         tile = None
         start, offset = offset, offset + _CHUNK.size + length + _CRC.size
         if wanted is not None and number not in wanted:
@@ -314,9 +333,9 @@ def _tiles_by_table(
             if chunk.name == TILE and chunk.crc_ok and len(chunk.payload) == length:
                 tile = chunk.payload
             else:
-                report(ChecksumError(f"tile {number} is damaged (checksum)"))
+                report(ChecksumError(f"{header.name(number)} is damaged (checksum)"))
         except TruncatedError:
-            report(TruncatedError(f"the file ends before the end of tile {number}"))
+            report(TruncatedError(f"the file ends before the end of {header.name(number)}"))
         tiles.append(tile)
     return tiles
 
@@ -335,7 +354,7 @@ def _inflate(payload: bytes) -> bytes:
 
 def probe(data: bytes) -> ImageInfo:
     """What the file says about itself; reads no weights and decodes no tile. Raises FormatError and its kinds."""
-    from calotype.models.zoo import name_of
+    from calotype.models.zoo import codebook_size, name_of
 
     header = read_header(data)
     sizes = dict.fromkeys(BOXES, 0)
@@ -348,16 +367,19 @@ def probe(data: bytes) -> ImageInfo:
     except FormatError:
         pass  # a damaged tail does not hide what the head says
     start = len(MAGIC) + _CHUNK.size
+    model = name_of(header.weights)
     return ImageInfo(
         width=header.width,
         height=header.height,
         channels=header.channels,
         alpha=header.alpha,
         quality=header.quality / 10,
-        model=name_of(header.weights),
+        model=model,
         weights=header.weights.hex(),
         tile=header.tile,
         tiles=header.tiles,
+        packets=header.packets,
+        codebook=None if model is None else codebook_size(model, header.quality),
         version=f"{data[start]}.{data[start + 1]}",
         file_bytes=len(data),
         bpp=len(data) * 8 / (header.width * header.height),

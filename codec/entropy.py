@@ -2,7 +2,8 @@
 
 Built on constriction's range coder (32-bit words, 64-bit state, 24-bit frequencies). The symbols of one request are
 coded grouped by table, tables in ascending order, so that each group is one vectorised call; rare large symbols are
-escaped and follow the groups. The order is part of the format: docs/FORMAT.md.
+escaped and follow the groups. Symbols with a table each are coded one after another. The order is part of the
+format: docs/FORMAT.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from calotype.errors import FormatError
 from calotype.models.priors import SYMBOL_LIMIT
 
 Symbols = npt.NDArray[np.int32]
-Tables = npt.NDArray[np.uint8]
+Tables = npt.NDArray[np.uint8] | npt.NDArray[np.int16]
 
 ESCAPE_LENGTHS = 18
 """An escaped magnitude has at most this many bits."""
@@ -27,17 +28,21 @@ _queue = constriction.stream.queue
 _models = constriction.stream.model
 
 
-def _categorical(frequencies: npt.NDArray[np.int32]) -> constriction.stream.model.Categorical:
-    """A model whose integer frequencies are exactly the given ones.
+_each = _models.Categorical(perfect=False)
+"""A model for each symbol, given by its probabilities."""
+
+
+def _probabilities(frequencies: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Probabilities of which a model has exactly the given integer frequencies [..., n].
 
     constriction turns probabilities p into cumulative frequencies floor(sum p * free / total) + i, where each of n
     symbols has 1 for sure and `free` is 2^24 - n. With p = frequency - 1, shifted by a quarter so that the floor is
     never near an integer, all of that is exact. The last frequency must be above 1.
     """
-    probabilities = frequencies.astype(np.float64) - 1
-    probabilities[0] += 0.25
-    probabilities[-1] -= 0.25
-    return _models.Categorical(probabilities, perfect=False)
+    probabilities = frequencies.astype(np.float64, order="C") - 1
+    probabilities[..., 0] += 0.25
+    probabilities[..., -1] -= 0.25
+    return probabilities
 
 
 class SymbolTables:
@@ -48,15 +53,20 @@ class SymbolTables:
             i holds the symbols -half_widths[i] .. half_widths[i] before it.
         half_widths: one per table.
         skip: symbols of tables below this one are zero and are not coded.
+        escapes: whether symbols beyond the half-width exist; if not, a stream that has one is damaged.
     """
 
-    def __init__(self, frequencies: npt.NDArray[np.int32], half_widths: Sequence[int], skip: int) -> None:
+    def __init__(
+        self, frequencies: npt.NDArray[np.int32], half_widths: Sequence[int], skip: int, *, escapes: bool = True
+    ) -> None:
         self.half_widths = np.asarray(half_widths, np.int32)
-        self.skip = skip
+        self.skip, self.escapes = skip, escapes
         bounds = np.concatenate([[0], np.cumsum(2 * self.half_widths + 2)])
         if bounds[-1] != len(frequencies):
             raise ValueError("frequencies and half-widths do not match")
-        self.models = [_categorical(frequencies[a:b]) for a, b in itertools.pairwise(bounds)]
+        self.models = [
+            _models.Categorical(_probabilities(frequencies[a:b]), perfect=False) for a, b in itertools.pairwise(bounds)
+        ]
 
     def order(self, tables: Tables) -> tuple[npt.NDArray[np.intp], list[tuple[int, slice]], Symbols]:
         """Coding order: positions of the coded symbols, the run of each table in it, and each position's half-width."""
@@ -70,6 +80,10 @@ class SymbolTables:
             if start < stop
         ]
         return order, runs, np.repeat(self.half_widths[self.skip :], np.diff(bounds))
+
+
+NO_TABLES = SymbolTables(np.zeros(0, np.int32), (), 0)
+"""For streams of symbols that come with tables of their own."""
 
 
 class Encoder:
@@ -92,6 +106,10 @@ class Encoder:
         if len(escaped):
             over = values[escaped]
             self._push_escaped(np.sign(over) * (np.abs(over) - reach[escaped]))
+
+    def push_each(self, frequencies: npt.NDArray[np.int32], symbols: Symbols) -> None:
+        """Code `symbols` [n], each in [0, K) under its own `frequencies` [n, K], which sum to 2^24."""
+        self._coder.encode(symbols, _each, _probabilities(frequencies))
 
     def _push_escaped(self, values: Symbols) -> None:
         """Exponential Golomb of magnitudes ≥ 1: all lengths, then the low bits by ascending length, then all signs."""
@@ -126,6 +144,8 @@ class Decoder:
             values -= reach
             escaped = np.flatnonzero(values > reach)
             if len(escaped):
+                if not self.tables.escapes:
+                    raise FormatError("a symbol stands for no codeword: the file is damaged")
                 beyond = self._pull_escaped(len(escaped))
                 beyond += np.sign(beyond) * reach[escaped]
                 if np.abs(beyond).max() > SYMBOL_LIMIT:
@@ -136,6 +156,13 @@ class Decoder:
         symbols = np.zeros(len(tables), np.int32)
         symbols[order] = values
         return symbols
+
+    def pull_each(self, frequencies: npt.NDArray[np.int32]) -> Symbols:
+        """The symbols [n] that were coded under `frequencies` [n, K]."""
+        try:
+            return self._coder.decode(_each, _probabilities(frequencies))
+        except AssertionError as error:
+            raise FormatError("the entropy-coded data is damaged") from error
 
     def _pull_escaped(self, count: int) -> Symbols:
         lengths = self._coder.decode(_models.Uniform(ESCAPE_LENGTHS), count) + 1

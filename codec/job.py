@@ -13,6 +13,7 @@ from calotype.rate import Target
 
 if TYPE_CHECKING:
     from calotype.api import Codec, Encoded, Progress
+    from calotype.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class EncodeJob:
     verify: bool
     max_pixels: int = DEFAULT_MAX_PIXELS
     effort: int = 5
+    packets: int = 1
 
     def run(self, codec: Codec, source: Path | bytes, progress: Progress | None = None) -> EncodedPicture:
         """Encode the picture in `source` with the codec of `model`.
@@ -54,11 +56,23 @@ class EncodeJob:
             tile=self.tile,
             effort=self.effort,
             metadata=self.metadata,
+            packets=self.packets,
             progress=progress,
         )
+        return self._checked(codec, EncodedPicture(picture.width, picture.height, encoded))
+
+    def run_tokens(self, codec: Codec, tokens: Tokens) -> EncodedPicture:
+        """Encode tokens, which have their own quality and no metadata. Raises as `Codec.encode_tokens`, VerifyError."""
+        from calotype.api import Encoded
+
+        data = codec.encode_tokens(tokens, tile=self.tile, packets=self.packets)
+        encoded = Encoded(data, tokens.quality, len(data) * 8 / (tokens.width * tokens.height), None, {})
+        return self._checked(codec, EncodedPicture(tokens.width, tokens.height, encoded))
+
+    def _checked(self, codec: Codec, made: EncodedPicture) -> EncodedPicture:
         if self.verify:
-            _verify(codec, encoded.data)
-        return EncodedPicture(picture.width, picture.height, encoded)
+            _verify(codec, made.encoded.data)
+        return made
 
 
 def _verify(codec: Codec, data: bytes) -> None:

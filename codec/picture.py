@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from calotype import symbols
 from calotype.entropy import SymbolTables
-from calotype.errors import DriftError, FormatError
-from calotype.models import tables
-from calotype.models.hyperprior import STRIDE, Hyperprior
+from calotype.errors import DriftError, FormatError, InputError
+from calotype.models.blocks import bfloat16_is_fast
+from calotype.models.hyperprior import Hyperprior
+from calotype.models.priors import Coding, CodingTables
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.refinement import Scene, Schedule, differentiable, refine
+from calotype.models.transforms import STRIDE
 from calotype.models.zoo import layout
 from calotype.stopwatch import Stopwatch
 
@@ -121,6 +123,38 @@ class DecodeJob:
         ]
 
 
+@runtime_checkable
+class StillModel(Protocol):
+    """What a network offers that codes pictures by a latent at 1/16."""
+
+    @property
+    def halo(self) -> int:
+        """Latent positions around a tile that its transforms depend on."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Width M of the latent."""
+
+    @property
+    def tables(self) -> CodingTables:
+        """What `code` refers to in its requests."""
+
+    def economical(self) -> Self:
+        """The same network with products of less precision where that moves pixels by at most 1/255."""
+
+    def analyse(self, x: Tensor, t: Tensor) -> Tensor:
+        """Latent [B, M, H/16, W/16] of pictures [B, 3, H, W] in [-0.5, 0.5] at quality `t` [B] in [0, 1]."""
+
+    def code(self, shape: tuple[int, int, int], quality: Tensor, y: Tensor | None = None) -> Coding:
+        """Encode a latent, or decode one of `shape` (B, H, W); returns its integers [B, M, H, W]."""
+
+    def dequantise(self, latent: Tensor) -> Tensor:
+        """From the integers of `code` to the input of `synthesise`."""
+
+    def synthesise(self, y_hat: Tensor, t: Tensor, scale: int = 1) -> Tensor:
+        """Pictures [B, 3, 16 H / scale, 16 W / scale]."""
+
+
 class PictureCoder:
     """Codes pictures with one network on one device. Holds no state between calls; safe to share between threads.
 
@@ -128,11 +162,12 @@ class PictureCoder:
         batch: equal tiles that are coded together; the bytes do not depend on it.
     """
 
-    def __init__(self, network: Hyperprior, device: torch.device, *, batch: int | None = None) -> None:
+    def __init__(self, network: StillModel, device: torch.device, *, batch: int | None = None) -> None:
         self.network, self.device, self.layout = network, device, layout(device)
+        self.transforms = network.economical() if bfloat16_is_fast(device) else network
         self.batch = batch or (8 if device.type == "cuda" else 1)
-        frequencies = network.prior.frequencies.cpu().numpy().astype(np.int32)
-        self.tables = SymbolTables(frequencies, [tables.half_width(i) for i in range(tables.SCALES)], tables.SKIP)
+        frequencies, half_widths, skip, escapes = network.tables
+        self.tables = SymbolTables(frequencies.cpu().numpy(), half_widths, skip, escapes=escapes)
 
     # Encoding ---------------------------------------------------------------------------------------------------------
 
@@ -148,26 +183,29 @@ class PictureCoder:
     ) -> list[bytes]:
         """Tile payloads in raster order for pixels [H, W, C] at an integer quality and a tile side in pixels.
 
-        At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it.
+        At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it. Raises InputError for
+        these efforts if the model's latents cannot be refined.
         """
+        if effort in SCHEDULES and not isinstance(self.network, Hyperprior):
+            raise InputError(f"effort {effort} refines latents of the model hyperprior only: use effort 5")
         latent = self._analyse(pixels, quality, watch)
         boxes = grid(Box(0, 0, *latent.shape[2:]), tile // STRIDE)
         payloads: list[bytes] = [b""] * len(boxes)
         done = 0
         for numbers in self._batches([b.shape for b in boxes]):
             y = torch.cat([latent[(..., *boxes[n].slices)] for n in numbers]).to(self.device)
-            z = self.network.hyper_analysis(y)
-            if effort in SCHEDULES:
+            size, quality_integers = (len(numbers), *y.shape[2:]), self._quality(quality)[0].expand(len(numbers))
+            if effort in SCHEDULES and isinstance(self.network, Hyperprior):
                 with watch("refine"):
-                    refined = []
+                    z, refined = self.network.hyper_analysis(y), []
                     for place, n in enumerate(numbers):
                         start, share = (done + place) / len(boxes), 1 / len(boxes)
                         report = _part(progress, start, share) if progress else None
                         scene = self._scene(pixels, latent, boxes[n], z[place : place + 1], quality)
                         refined.append(self._refine(scene, y[place : place + 1], SCHEDULES[effort], report))
-                    y = torch.cat(refined)
-            quality_integers = self._quality(quality)[0].expand(len(numbers))
-            coding = self.network.code((len(numbers), *y.shape[2:]), quality_integers, y, z)
+                    coding = self.network.code(size, quality_integers, torch.cat(refined), z)
+            else:
+                coding = self.network.code(size, quality_integers, y)
             coded, _ = symbols.write(coding, self.tables, len(numbers), watch)
             for n, payload in zip(numbers, coded, strict=True):
                 payloads[n] = payload
@@ -185,6 +223,7 @@ class PictureCoder:
 
     @functools.cached_property
     def _differentiable(self) -> Hyperprior:
+        assert isinstance(self.network, Hyperprior)
         return differentiable(self.network).to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def _refine(self, scene: Scene, y: Tensor, schedule: Schedule, progress: Progress | None) -> Tensor:
@@ -219,7 +258,7 @@ class PictureCoder:
                 outer = window.grown(self.network.halo, rows, columns)
                 x = self._to_network(pixels, outer.scaled(STRIDE))
             with watch("transform"):
-                y = self.network.analyse(x, t)
+                y = self.transforms.analyse(x, t)
                 inner = y[(..., *window.relative_to(outer).slices)]
                 if len(windows) == 1:
                     return inner
@@ -248,7 +287,7 @@ class PictureCoder:
         """
         needed, canvas_box = self._boxes(job, area)
         tiles = job.tiles_touching(canvas_box)
-        canvas = torch.zeros(1, *canvas_box.shape, self.network.config.latent).permute(0, 3, 1, 2)
+        canvas = torch.zeros(1, *canvas_box.shape, self.network.latent_channels).permute(0, 3, 1, 2)
         lost: list[Box] = []
         done = 0
         for group in self._batches([box.shape for _, box in tiles]):
@@ -342,7 +381,7 @@ class PictureCoder:
                 outer = window.grown(self.network.halo, *job.latent_shape).within(canvas_box)
                 part = canvas[(..., *outer.relative_to(canvas_box).slices)].to(self.device)
                 part = part.contiguous(memory_format=self.layout)
-                x = self.network.synthesise(self.network.dequantise(part), t, scale)
+                x = self.transforms.synthesise(self.network.dequantise(part), t, scale)
                 seen = window.scaled(step).within(target)
                 x = x[(0, slice(None), *seen.relative_to(outer.scaled(step)).slices)]
                 x = x.add_(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)

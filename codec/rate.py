@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -14,6 +14,7 @@ SIZE_TOLERANCE = 0.03
 """A size or rate target is met by a file at most this much smaller, never larger."""
 PSNR_TOLERANCE = 0.1
 """dB"""
+_UNITS = {"size": "bytes", "bpp": "bpp", "psnr": "dB"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,32 @@ def search(target: Target, trial: Callable[[int], tuple[float, T]]) -> tuple[int
     return _choose(target, tried)
 
 
+def climb(target: Target, qualities: Sequence[int], trial: Callable[[int], tuple[float, T]]) -> tuple[int, T]:
+    """As `search` where there are only a few `qualities`, in rising order.
+
+    A size or rate is met by the last that is not above it, a PSNR by the first that reaches it.
+    """
+    values: list[float] = []
+    met: tuple[int, T] | None = None
+    for quality in qualities:
+        value, result = trial(quality)
+        values.append(value)
+        if target.kind == "psnr" and value >= target.value:
+            return quality, result
+        if target.kind != "psnr":
+            if value > target.value:
+                break
+            met = quality, result
+    if met is None:
+        unit = _UNITS[target.kind]
+        nearest, bound = (max(values), "most") if target.kind == "psnr" else (min(values), "least")
+        raise TargetError(
+            f"a target of {target.value:g} {unit} is out of reach for this picture: "
+            f"the model gives {nearest:.6g} {unit} at {bound}"
+        )
+    return met
+
+
 def _interpolate(value: float, low: int, high: int, tried: dict[int, float]) -> int:
     """Next quality to try, strictly between `low` and `high`: by secant where both ends are known, else by halves."""
     middle = (low + high) // 2
@@ -81,7 +108,7 @@ def _interpolate(value: float, low: int, high: int, tried: dict[int, float]) -> 
 
 def _choose(target: Target, tried: dict[int, tuple[float, T]]) -> tuple[int, T]:
     values = {q: v for q, (v, _) in tried.items()}
-    unit = {"size": "bytes", "bpp": "bpp", "psnr": "dB"}[target.kind]
+    unit = _UNITS[target.kind]
     if target.kind == "psnr":
         best = min(values, key=lambda q: abs(values[q] - target.value))
         reached = abs(values[best] - target.value) <= PSNR_TOLERANCE

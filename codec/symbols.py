@@ -19,10 +19,11 @@ from torch import Tensor
 from calotype.entropy import Decoder, Encoder, SymbolTables
 from calotype.errors import DriftError, FormatError
 from calotype.models.priors import Request
+from calotype.models.tokens import Categorical
 from calotype.stopwatch import Stopwatch
 
 T = TypeVar("T")
-Coding = Generator[Request, Tensor, T]
+Coding = Generator[Request | Categorical, Tensor, T]
 _CRC = struct.Struct("<I")
 
 
@@ -31,11 +32,12 @@ def write(coding: Coding[T], tables: SymbolTables, batch: int, watch: Stopwatch)
     encoders = [Encoder(tables) for _ in range(batch)]
     checks = [0] * batch
 
-    def answer(request: Request) -> Tensor:
+    def answer(request: Request | Categorical) -> Tensor:
         assert request.symbols is not None
-        indexes, symbols = request.tables.cpu().numpy(), request.symbols.cpu().numpy()
+        given, symbols = request[0].cpu().numpy(), request.symbols.cpu().numpy()
         for i, encoder in enumerate(encoders):
-            encoder.push(indexes[i], symbols[i])
+            push = encoder.push_each if isinstance(request, Categorical) else encoder.push
+            push(given[i], symbols[i])
             checks[i] = _crc(symbols[i], checks[i])
         return request.symbols
 
@@ -68,12 +70,13 @@ def read(
     decoders = [Decoder(tables, p[_CRC.size :]) for p in payloads]
     checks = [0] * len(payloads)
 
-    def answer(request: Request) -> Tensor:
-        indexes = request.tables.cpu().numpy()
-        symbols = np.empty(indexes.shape, np.int32)
+    def answer(request: Request | Categorical) -> Tensor:
+        given = request[0].cpu().numpy()
+        symbols = np.empty(given.shape[:2], np.int32)
         for i, decoder in enumerate(decoders):
+            pull = decoder.pull_each if isinstance(request, Categorical) else decoder.pull
             try:
-                symbols[i] = decoder.pull(indexes[i])
+                symbols[i] = pull(given[i])
             except FormatError as error:
                 raise FormatError(f"{names[i]}: {error}") from error
             checks[i] = _crc(symbols[i], checks[i])
@@ -91,7 +94,7 @@ def read(
     return result
 
 
-def _drive(coding: Coding[T], answer: Callable[[Request], Tensor], watch: Stopwatch) -> T:
+def _drive(coding: Coding[T], answer: Callable[[Request | Categorical], Tensor], watch: Stopwatch) -> T:
     """Run a model's coding to its end; `answer` gives the symbols [B, n] of each request."""
     try:
         with watch("prior"):

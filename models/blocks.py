@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 _STRIP = 512
 """Positions that a block computes at a time on a CPU."""
@@ -40,9 +44,31 @@ class Block(nn.Module):
         source, rows = (v.permute(0, 2, 3, 1).reshape(-1, channels) for v in (x, out))
         expand, project = (layer.weight.flatten(1).t() for layer in (self.expand, self.project))
         for before, row in zip(source.split(_STRIP), rows.split(_STRIP), strict=True):
-            wide = F.leaky_relu_(torch.addmm(self.expand.bias, row, expand), 0.1)
-            torch.addmm(before, wide, project, out=row).add_(self.project.bias)
+            wide = F.leaky_relu_(torch.addmm(self.expand.bias, row.to(expand.dtype), expand), 0.1)
+            if project.dtype == row.dtype:
+                torch.addmm(before, wide, project, out=row)
+            else:
+                torch.add(before, torch.mm(wide, project), out=row)
+            row.add_(self.project.bias)
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def in_bfloat16(module: M) -> M:
+    """A copy whose blocks multiply in bfloat16 at inference; what they add to stays in float32.
+
+    Twice as fast where the processor has such products, and good for eight bits of what each block contributes.
+    """
+    result = copy.deepcopy(module)
+    for block in result.modules():
+        if isinstance(block, Block):
+            block.expand.bfloat16()
+            block.project.weight = nn.Parameter(block.project.weight.bfloat16(), requires_grad=False)
+    return result
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether this processor multiplies bfloat16 itself; what the environment asks of torch and oneDNN counts."""
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def blocks(channels: int, count: int) -> nn.Sequential:

@@ -259,21 +259,57 @@ class IntConv(nn.Module):
             yield sums.flatten(1, 2)
 
 
+class QuantEmbedding(nn.Module):
+    """A table from symbols to vectors of integers, in steps of `UNIT`, with fake quantisation for training."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, width))
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """[B, H, W] int64 in, integers [B, C, H, W] out."""
+        return round_clamp(self.weight / UNIT, LIMIT)[symbols].movedim(-1, 1)
+
+    @torch.no_grad()
+    def export(self) -> IntEmbedding:
+        """The same table in integers."""
+        out = IntEmbedding(*self.weight.shape)
+        out.weight.copy_(round_clamp(self.weight / UNIT, LIMIT))
+        return out
+
+    @torch.no_grad()
+    def restore(self, integers: IntEmbedding) -> None:
+        """Take over an exported table, to go on training from shipped weights."""
+        self.weight.copy_(integers.weight * UNIT)
+
+
+class IntEmbedding(nn.Module):
+    """The exported form of `QuantEmbedding`."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(size, width))
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """[B, H, W] int64 in, integers [B, C, H, W] out, channels innermost in memory."""
+        return self.weight[symbols].movedim(-1, 1)
+
+
 def integerise(network: M) -> M:
-    """A copy of `network` in which every `QuantConv` is replaced by its exported `IntConv`."""
+    """A copy of `network` in which every layer of the exact path is replaced by its exported form."""
     result = copy.deepcopy(network)
     for name, layer in network.named_modules():
-        if isinstance(layer, QuantConv):
+        if isinstance(layer, QuantConv | QuantEmbedding):
             parent, _, leaf = name.rpartition(".")
             setattr(result.get_submodule(parent), leaf, layer.export())
     return result.eval()
 
 
 def restore(network: M, integers: nn.Module) -> M:
-    """The inverse of `integerise`: fill the `QuantConv` layers of `network` from their exported form."""
+    """The inverse of `integerise`: fill the layers of `network` from their exported form."""
     for name, layer in network.named_modules():
-        if isinstance(layer, QuantConv):
-            exported = integers.get_submodule(name)
-            assert isinstance(exported, IntConv)
-            layer.restore(exported)
+        if isinstance(layer, QuantConv | QuantEmbedding):
+            layer.restore(integers.get_submodule(name))  # type: ignore[arg-type]
     return network

@@ -33,7 +33,8 @@ SYMBOL_LIMIT = 2**17 - 1
 class Request(NamedTuple):
     """What the entropy coder has to code next.
 
-    tables: [B, n] uint8, the table of each symbol; symbols of tables below `tables.SKIP` are zero and take no bits.
+    tables: [B, n] uint8 or int16, the table of each symbol; symbols of tables below `CodingTables.skip` are zero and
+        take no bits.
     symbols: [B, n] int32 when encoding, None when decoding.
     """
 
@@ -42,6 +43,21 @@ class Request(NamedTuple):
 
 
 Coding = Generator[Request, Tensor, Tensor]
+
+
+class CodingTables(NamedTuple):
+    """The tables that requests refer to, for the entropy coder.
+
+    frequencies: int32, of all tables, one after another; each sums to 2 ** `tables.PRECISION`.
+    half_widths: table i holds the symbols -half_widths[i] .. half_widths[i], then the escape.
+    skip: symbols of tables below this one are zero and are not coded.
+    escapes: whether symbols beyond the half-width exist.
+    """
+
+    frequencies: Tensor
+    half_widths: list[int]
+    skip: int
+    escapes: bool
 
 
 class Condition(NamedTuple):
@@ -70,7 +86,7 @@ PASSES = (
 )
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[B, C, H, W] as one row of channels per position, [B, H * W, C]; a view if channels are innermost in memory."""
     return x.flatten(2).transpose(1, 2)
 
@@ -131,7 +147,7 @@ class ContextNet(nn.Module):
         x = self.enter(torch.cat(inputs, 1), t)
         x = self.spatial(x, t)
         if isinstance(where, Tensor):
-            x = _rows(x)[:, where].transpose(1, 2)[:, :, None]
+            x = as_rows(x)[:, where].transpose(1, 2)[:, :, None]
         return _parameters(self.head(self.mix(x, t), t))
 
 
@@ -141,7 +157,7 @@ def _parameters(head: Tensor) -> tuple[Tensor, Tensor]:
     return mean.clamp(-limit, limit), index.clamp(0, tables.SCALES - 1)
 
 
-def _shuffle(x: Tensor) -> Tensor:
+def shuffle(x: Tensor) -> Tensor:
     """Pixel shuffle by 2, channels innermost in memory whatever the processor: torch's own is not on all of them."""
     batch, channels, height, width = x.shape
     x = x.view(batch, channels // 4, 2, 2, height, width).permute(0, 4, 2, 5, 3, 1)
@@ -239,11 +255,18 @@ class Prior(nn.Module):
         self.register_buffer("compand", tables.companding())
         self.register_buffer("frequencies", tables.gaussian_frequencies())
 
+    @property
+    def tables(self) -> CodingTables:
+        """Gaussians of all scales."""
+        return CodingTables(
+            self.frequencies, [tables.half_width(i) for i in range(tables.SCALES)], tables.SKIP, escapes=True
+        )
+
     def _features(self, z: Tensor, t: Tensor, height: int, width: int) -> Tensor:
         """Hyper-synthesis: integers [B, hidden, height, width] from hyper-latents in 1/8 steps."""
-        x = _shuffle(self.up1(z, t))
+        x = shuffle(self.up1(z, t))
         x = self.up_mix(self.up_spatial(x, t), t)
-        x = _shuffle(self.up2(x, t))
+        x = shuffle(self.up2(x, t))
         return self.up_out(x, t)[:, :, :height, :width]
 
     def _hyper_first(
@@ -362,14 +385,14 @@ class Prior(nn.Module):
             where = positions(rows, columns, parity, device)
             with exact_matmul(device):
                 if parity == 0:
-                    first = None if pooled is None else _rows(pooled)[:, where].transpose(1, 2)[:, :, None]
+                    first = None if pooled is None else as_rows(pooled)[:, where].transpose(1, 2)[:, :, None]
                     mean, index = self._hyper_first(
-                        (batch, self.hyper, 1, _rows(z_hat)[:, where].shape[1]), level, z_hat, first
+                        (batch, self.hyper, 1, as_rows(z_hat)[:, where].shape[1]), level, z_hat, first
                     )
                 else:
                     mean, index = self.hyper_second(pooled, z_hat, level, where)
-            value = yield from _code_part(None if z is None else _rows(z)[:, where], mean, index, HYPER_UNIT)
-            _rows(z_hat)[:, where] = value.clamp(-LIMIT, LIMIT)
+            value = yield from _code_part(None if z is None else as_rows(z)[:, where], mean, index, HYPER_UNIT)
+            as_rows(z_hat)[:, where] = value.clamp(-LIMIT, LIMIT)
         with exact_matmul(device):
             features = self._features(z_hat, level, height, width)
             if condition is not None:
@@ -381,10 +404,10 @@ class Prior(nn.Module):
             known = seen[:, : p.stop if p.parity == 1 else p.start]
             with exact_matmul(device):
                 mean, index = context(features, known, level, where)
-            part = None if y is None else _rows(y[:, p.start : p.stop])[:, where]
+            part = None if y is None else as_rows(y[:, p.start : p.stop])[:, where]
             value = yield from _code_part(part, mean, index, tables.MEAN_UNIT)
-            _rows(y_hat)[:, where, p.start : p.stop] = value
-            _rows(seen)[:, where, p.start : p.stop] = self._compand(value)
+            as_rows(y_hat)[:, where, p.start : p.stop] = value
+            as_rows(seen)[:, where, p.start : p.stop] = self._compand(value)
         return y_hat
 
     def _compand(self, latent: Tensor) -> Tensor:
@@ -394,17 +417,17 @@ class Prior(nn.Module):
 
 def _code_part(target: Tensor | None, mean: Tensor, index: Tensor, unit: int) -> Generator[Request, Tensor, Tensor]:
     """Code `target` [B, n, C] around integer means in 1/unit [B, C, 1, n]; returns its values [B, n, C] in 1/unit."""
-    mean, index = _rows(mean), _rows(index)
+    mean, index = as_rows(mean), as_rows(index)
     symbols = None
     if target is not None:
         nearest = torch.floor(target - mean / unit + 0.5).clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        symbols = _request(nearest.mul_(index >= tables.SKIP), torch.int32)
-    answer = yield Request(_request(index, torch.uint8), symbols)
+        symbols = request(nearest.mul_(index >= tables.SKIP), torch.int32)
+    answer = yield Request(request(index, torch.uint8), symbols)
     batch, count, channels = mean.shape
     answer = answer.view(batch, channels, count).to(mean.device, torch.float32)
     return torch.add(mean, answer.transpose(1, 2), alpha=unit)
 
 
-def _request(values: Tensor, dtype: torch.dtype) -> Tensor:
+def request(values: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, n, C] in the order of a request: [B, C * n]."""
     return values.to(dtype).transpose(1, 2).flatten(1)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from calotype.models.exact import restore
-from calotype.models.hyperprior import STRIDE, Hyperprior
+from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import lagrangian
+from calotype.models.transforms import STRIDE
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ motion. Decoded pixels never enter it, which is what breaks decoding on other de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,12 @@ def shuffle(x: Tensor, factor: int) -> Planes:
     """The inverse of `unshuffle`."""
     luma, chroma = x.split([factor**2, factor**2 // 2], 1)
     return Planes(F.pixel_shuffle(luma, factor), F.pixel_shuffle(chroma, factor // 2))
+
+
+def frame_psnr(a: Planes, b: Planes) -> float:
+    """PSNR-YUV in dB of samples one apart from black to white: the mean of the planes', weighted 6:1:1."""
+    planes = ((a.luma, b.luma, 6), (a.chroma[:, :1], b.chroma[:, :1], 1), (a.chroma[:, 1:], b.chroma[:, 1:], 1))
+    return sum(-10 * w * math.log10(max((x - y).square().mean().item(), 1e-10)) for x, y, w in planes) / 8
 
 
 def motion_features(field: Tensor) -> Tensor:

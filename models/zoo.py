@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from calotype.models.hyperprior import Hyperprior
+    from calotype.models.mixture import Mixture
     from calotype.models.video import Video
+    from calotype.models.vqgan import Vqgan
 
 WEIGHTS = Path(__file__).parent / "weights"
 CARDS = Path(__file__).parent / "cards"
@@ -49,13 +51,32 @@ def _hyperprior(config: Mapping[str, Any]) -> Hyperprior:
     return Hyperprior(HyperpriorConfig(**config))
 
 
+def _mixture(config: Mapping[str, Any]) -> Mixture:
+    from calotype.models.mixture import Mixture, MixtureConfig
+
+    return Mixture(MixtureConfig.from_json(config))
+
+
 def _video(config: Mapping[str, Any]) -> Video:
     from calotype.models.video import Video, VideoConfig
 
     return Video(VideoConfig(**config))
 
 
-ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {"hyperprior": _hyperprior, "video": _video}
+def _vqgan(config: Mapping[str, Any]) -> Vqgan:
+    from calotype.models.vqgan import Vqgan, VqganConfig
+
+    # JSON has no tuples.
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return Vqgan(VqganConfig(**config))
+
+
+ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "hyperprior": _hyperprior,
+    "mixture": _mixture,
+    "video": _video,
+    "vqgan": _vqgan,
+}
 
 
 def architecture(name: str, config: Mapping[str, Any] | None = None) -> nn.Module:
@@ -83,6 +104,21 @@ def name_of(weights: bytes) -> str | None:
         if bytes.fromhex(spec.sha256[:16]) == weights:
             return spec.name
     return None
+
+
+@functools.cache
+def codebook_size(name: str, quality: int) -> int | None:
+    """Codewords to choose from at a quality in [0, 1000] in a model of tokens; None in others, or if it is not here."""
+    spec = describe(name)
+    if spec.architecture != "vqgan":
+        return None
+    try:
+        with spec.weights.open("rb") as file:
+            head = file.read(int.from_bytes(file.read(8), "little"))
+        ladder: list[int] = json.loads(json.loads(head)["__metadata__"]["config"])["ladder"]
+    except (OSError, ValueError, LookupError):
+        return None
+    return ladder[min(quality * len(ladder) // 1000, len(ladder) - 1)]
 
 
 @functools.cache
@@ -149,7 +185,7 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last
 
 
-def save(network: Hyperprior | Video, path: Path) -> str:
+def save(network: Hyperprior | Mixture | Video | Vqgan, path: Path) -> str:
     """Write the shipped form of a trained network: float16 transforms, integer entropy layers. Returns the SHA-256."""
     import torch
     from safetensors.torch import save as save_tensors
@@ -183,9 +219,11 @@ def load_parameters(network: nn.Module, path: Path) -> int:
 
         integers = integerise(network)
         own = integers.state_dict()
-        integers.load_state_dict({k: v.to(own[k].dtype) for k, v in load_file(path).items()})
-        tables = {k: v for k, v in integers.named_buffers() if not v.is_floating_point()}
-        found = {**tables, **dict(restore(network, integers).named_parameters()), **dict(integers.named_parameters())}
+        same = {k: v.to(own[k].dtype) for k, v in load_file(path).items() if k in own and own[k].shape == v.shape}
+        integers.load_state_dict(same, strict=False)
+        buffers = dict(integers.named_buffers())
+        found = {**buffers, **dict(restore(network, integers).named_parameters()), **dict(integers.named_parameters())}
+        found = {k: v for k, v in found.items() if k in same}
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {**state.get("model", {}), **state["ema"]} if "ema" in state else state

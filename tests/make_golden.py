@@ -1,4 +1,4 @@
-"""Write tests/golden and tests/golden_video: files that every later version must decode to the same symbols.
+"""Write tests/golden, golden_mixture and golden_video: files that every later version must decode to the same symbols.
 
 Run after new weights:
 
@@ -27,6 +27,8 @@ from calotype.video.stream import StreamReader, StreamWriter
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
+MIXTURE = TESTS / "golden_mixture"
+MIXTURE_CASES = ("portrait-q10", "portrait-q60", "coffee-q85", "alpha-q30", "tiles-q25", "pattern-q100", "pixel-q50")
 VIDEO = TESTS / "golden_video"
 INDEX = "hashes.json"
 
@@ -66,19 +68,25 @@ def cases() -> dict[str, tuple[Picture, float, int]]:
 
 
 def main() -> None:
-    """Replace the folder's files."""
-    GOLDEN.mkdir(exist_ok=True)
-    for old in GOLDEN.iterdir():
-        old.unlink()
-    codec = Codec.load(device="cpu")
-    index = {}
-    for name, (picture, quality, tile) in cases().items():
-        data = codec.encode(picture, quality=quality, tile=tile).data
-        (GOLDEN / f"{name}.clt").write_bytes(data)
-        (GOLDEN / f"{name}.png").write_bytes(write_picture(codec.decode(data).picture, "png"))
-        index[f"{name}.clt"] = {"symbols": codec.symbol_hash(data), "pixels_png": f"{name}.png"}
-    (GOLDEN / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    """Replace the files of all folders."""
+    make_stills("hyperprior", GOLDEN, cases())
+    make_stills("mixture", MIXTURE, {name: case for name, case in cases().items() if name in MIXTURE_CASES})
     make_video()
+
+
+def make_stills(model: str, folder: Path, pictures: dict[str, tuple[Picture, float, int]]) -> None:
+    """Replace the folder's files: every picture encoded and decoded, and the hashes of the symbols."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    codec = Codec.load(model, device="cpu")
+    index = {}
+    for name, (picture, quality, tile) in pictures.items():
+        data = codec.encode(picture, quality=quality, tile=tile).data
+        (folder / f"{name}.clt").write_bytes(data)
+        (folder / f"{name}.png").write_bytes(write_picture(codec.decode(data).picture, "png"))
+        index[f"{name}.clt"] = {"symbols": codec.symbol_hash(data), "pixels_png": f"{name}.png"}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def make_video() -> None:

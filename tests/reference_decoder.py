@@ -46,7 +46,7 @@ class DamageError(ValueError):
 
 @dataclass(frozen=True)
 class File:
-    """What the container says: header fields, metadata, and the tiles' payloads in raster order."""
+    """What the container says: header fields, metadata, and the payloads of tiles in raster order."""
 
     width: int
     height: int
@@ -57,6 +57,7 @@ class File:
     boxes: dict[str, bytes]
     alpha: bytes | None
     tiles: list[bytes]
+    packets: int
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -87,7 +88,8 @@ def parse(data: bytes) -> File:
     alpha, table = None, None
     tiles: list[bytes] = []
     tile = 1 << log_tile
-    count = -(-width // tile) * -(-height // tile)
+    packets = (flags >> 3) + 1
+    count = -(-width // tile) * -(-height // tile) * packets
     for name, payload in reader:
         if name == "TILE":
             tiles.append(payload)
@@ -101,7 +103,7 @@ def parse(data: bytes) -> File:
             raise DamageError(f"unknown chunk {name}")
     if len(tiles) != count or (table is not None and list(table) != [len(t) for t in tiles]):
         raise DamageError("tiles")
-    return File(width, height, flags & 3, tile, quality, weights, boxes, alpha if flags & 4 else None, tiles)
+    return File(width, height, flags & 3, tile, quality, weights, boxes, alpha if flags & 4 else None, tiles, packets)
 
 
 def tile_boxes(file: File) -> Iterator[tuple[slice, slice]]:
@@ -214,6 +216,8 @@ def compand(table: Ints, latent: Ints) -> Ints:
 
 class Decoder:
     """Everything that a weights file decodes."""
+
+    coarse_blocks, fine_blocks = 4, 4
 
     def __init__(self, weights: Path) -> None:
         self.weights: Tensors = load_file(weights)
@@ -330,10 +334,10 @@ class Decoder:
         step = np.sqrt(6 / (np.log(2) * 0.0003 * 800**t * 255**2))
         y = latent / 64 * step * self.factor("dec_step", t)
         f = self.convolution("dec_in", y)
-        for i in range(4):
+        for i in range(self.coarse_blocks):
             f = self.block(f"dec_coarse.{i}", f)
         f = shuffle(self.convolution("dec_up", f), 2) * self.factor("dec_modulation", t)
-        for i in range(4):
+        for i in range(self.fine_blocks):
             f = self.block(f"dec_fine.{i}", f)
         x = shuffle(self.convolution("dec_out", f), 8) + shuffle(self.convolution("dec_linear", y), 16)
         samples = np.clip(np.rint(255 * (x + 0.5)), 0, 255)[:, : file.height, : file.width].transpose(1, 2, 0)

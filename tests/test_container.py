@@ -47,7 +47,7 @@ def headers(draw: st.DrawFn) -> Header:
     channels: Literal[1, 3] = draw(st.sampled_from([1, 3]))
     return Header(
         draw(side), draw(side), channels, draw(st.booleans()), tile, draw(st.integers(0, 1000)),
-        draw(st.integers(0, 65535)), draw(st.binary(min_size=8, max_size=8)),
+        draw(st.integers(0, 65535)), draw(st.binary(min_size=8, max_size=8)), draw(st.sampled_from([1, 1, 2, 5, 32])),
     )  # fmt: skip
 
 
@@ -59,16 +59,18 @@ def headers(draw: st.DrawFn) -> Header:
     data=st.data(),
 )
 def test_round_trip(header: Header, boxes: dict[str, bytes], plane: bytes, data: st.DataObject) -> None:
-    tiles = [data.draw(st.binary(max_size=40)) for _ in range(header.tiles)]
+    tiles = [data.draw(st.binary(max_size=40)) for _ in range(header.payloads)]
     alpha = plane if header.alpha else None
     file = container.write_still(header, tiles, boxes=boxes, alpha=alpha)
     still = container.read_still(file)
     assert still.header == header == container.read_header(file)
     assert [bytes(t or b"?") if t is not None else None for t in still.tiles] == [t or b"?" for t in tiles]
-    assert (still.boxes, still.alpha, still.version, list(still.damage)) == (boxes, alpha, container.VERSION, [])
+    version = container.VERSION if header.packets > 1 else (1, 0)
+    assert (still.boxes, still.alpha, still.version, list(still.damage)) == (boxes, alpha, version, [])
     info = container.probe(file)
     assert (info.width, info.height, info.channels) == (header.width, header.height, header.channels)
-    assert (info.tile, info.tiles, info.weights) == (header.tile, len(tiles), header.weights.hex())
+    assert (info.tile, info.tiles, info.packets) == (header.tile, header.tiles, header.packets)
+    assert info.weights == header.weights.hex()
     assert info.quality == pytest.approx(header.quality / 10)
     assert (info.icc, info.exif, info.xmp) == tuple(len(boxes.get(k, b"")) for k in ("icc", "exif", "xmp"))
     assert info.bpp == pytest.approx(len(file) * 8 / header.width / header.height)

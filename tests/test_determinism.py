@@ -32,10 +32,13 @@ from calotype.api import Codec
 from calotype.media import Picture
 from calotype.models.exact import IntConv
 from calotype.models.hyperprior import Hyperprior
+from calotype.models.mixture import Mixture
 from calotype.picture import Box, DecodeJob, PictureCoder, symbol_digest
 from calotype.stopwatch import Stopwatch
 
 QUALITIES = (5, 45, 90)
+PLANTS = {"hyperprior": ("up_out", 160), "mixture": ("middle_enter", 128)}
+"""Models, and the layer of the entropy path of each, with its width, after which a test plants a float operation."""
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -58,7 +61,7 @@ class FloatConvolution(nn.Module):
 class PathDigest:
     """SHA-256 over every tensor that enters or leaves a layer of the entropy path."""
 
-    def __init__(self, network: Hyperprior) -> None:
+    def __init__(self, network: Hyperprior | Mixture) -> None:
         self._hash = hashlib.sha256()
         for module in network.prior.modules():
             if isinstance(module, (IntConv, FloatConvolution)):
@@ -74,10 +77,12 @@ class PathDigest:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Decode the job's files with every number of threads and batch size; see `Variant`."""
-    base = Codec.load(device=job["device"])
+    base = Codec.load(job["model"], device=job["device"])
     network = copy.deepcopy(base.coder.network)
+    assert isinstance(network, Hyperprior | Mixture)
     if job["plant"]:
-        network.prior.up_out = FloatConvolution(network.prior.up_out, 160)  # type: ignore[assignment]
+        name, width = PLANTS[job["model"]]
+        setattr(network.prior, name, FloatConvolution(network.prior.get_submodule(name), width))
     path = PathDigest(network)
     symbols: dict[str, str] = {}
     farthest = 0
@@ -119,8 +124,9 @@ def drive(codec: Codec, data: bytes) -> None:
 
 
 class Case(NamedTuple):
-    """An encoded picture and what this process decodes it to."""
+    """An encoded picture, its model, and what this process decodes it to."""
 
+    model: str
     data: bytes
     file: Path
     pixels_file: Path
@@ -128,12 +134,19 @@ class Case(NamedTuple):
     pixels: np.ndarray
 
 
+@pytest.fixture(scope="module", params=PLANTS)
+def codec(request: pytest.FixtureRequest) -> Codec:
+    """Every model in turn, on the CPU."""
+    return Codec.load(request.param, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def cases(codec: Codec, photos: dict[str, Picture], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Every photograph at every quality; those of the samples are cut into several tiles."""
+    """Every photograph, of most models some, at every quality; those of the samples are cut into several tiles."""
     folder = tmp_path_factory.mktemp("determinism")
     made = {}
-    for name, picture in photos.items():
+    whole = codec.spec.name == "hyperprior" or os.environ.get("CALOTYPE_TEST_PHOTOS")
+    for name, picture in list(photos.items())[: None if whole else 2]:
         for quality in QUALITIES:
             data = codec.encode(picture, quality=quality, tile=256).data
             pixels = codec.decode(data).picture.pixels
@@ -141,7 +154,7 @@ def cases(codec: Codec, photos: dict[str, Picture], tmp_path_factory: pytest.Tem
             file, pixels_file = folder / f"{key}.clt", folder / f"{key}.npy"
             file.write_bytes(data)
             np.save(pixels_file, pixels)
-            made[key] = Case(data, file, pixels_file, codec.symbol_hash(data), pixels)
+            made[key] = Case(codec.spec.name, data, file, pixels_file, codec.symbol_hash(data), pixels)
     assert any(container.read_header(case.data).tiles > 1 for case in made.values())
     return made
 
@@ -159,6 +172,7 @@ def run_worker(
     prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
     job = {
+        "model": next(iter(cases.values())).model,
         "files": {key: (str(case.file), str(case.pixels_file)) for key, case in cases.items()},
         "threads": threads,
         "batches": batches,

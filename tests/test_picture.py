@@ -19,8 +19,9 @@ from calotype.errors import FormatError, InputError
 from calotype.media import Picture
 from calotype.models.blocks import Block
 from calotype.models.exact import integerise
-from calotype.models.hyperprior import STRIDE, Hyperprior
+from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Coding
+from calotype.models.transforms import STRIDE
 from calotype.picture import Box, DecodeJob, PictureCoder, grid
 from calotype.stopwatch import Stopwatch
 

@@ -16,7 +16,7 @@ from calotype import container
 from calotype.api import Codec
 from calotype.errors import CalotypeError, ChecksumError, DriftError, FormatError
 from calotype.media import Picture
-from calotype.models.hyperprior import STRIDE
+from calotype.models.transforms import STRIDE
 
 Make = Callable[..., Picture]
 MAX_PIXELS = 2**18

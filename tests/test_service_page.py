@@ -311,6 +311,30 @@ def test_a_stream_is_shown(visit: Callable[..., Sitting], files: Path) -> None:
         assert not page.locator(absent).is_visible()
 
 
+def test_packets_are_lost_by_a_slider(visit: Callable[..., Sitting], files: Path) -> None:
+    sitting = visit()
+    page = sitting.page
+    assert not page.locator("#loss-field").is_visible()
+    sitting.open(files / "cat.png")
+    sitting.wait("Encoded to")
+    assert not page.locator("#loss-field").is_visible(), "latents have no packets"
+    page.select_option("#model", "vqgan")
+    expect(page.locator("#loss-field")).to_be_visible(timeout=PATIENCE)
+    sitting.wait("Encoded to")
+    whole, psnr_cell = page.get_attribute("#right-image", "src"), next(iter(sitting.rows().values()))
+    page.focus("#loss")
+    page.keyboard.press("End")
+    sitting.wait("Restored without packets")
+    assert page.text_content("#loss-value") == "60 %"
+    assert len(page.text_content("#status").split(",")) == 6, "of ten packets"
+    assert page.get_attribute("#right-image", "src") != whole
+    page.keyboard.press("Home")
+    sitting.wait("Decoded without loss")
+    assert next(iter(sitting.rows().values())) == psnr_cell
+    page.select_option("#model", "hyperprior")
+    expect(page.locator("#loss-field")).not_to_be_visible(timeout=PATIENCE)
+
+
 def test_a_damaged_stream_is_explained_and_can_be_shown(visit: Callable[..., Sitting], files: Path) -> None:
     sitting = visit()
     sitting.open(files / "damaged.clt")

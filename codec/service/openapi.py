@@ -24,6 +24,7 @@ Schema = dict[str, Any]
 _BYTES: Schema = {"type": "string", "format": "binary"}
 _PICTURE = "A JPEG, PNG, WebP, TIFF, BMP, AVIF or PPM file; its type is told from its bytes."
 _STREAM = "A `.clt` file."
+_NUMBERS: Schema = {"type": "string", "pattern": "^[0-9]+(,[0-9]+)*$"}
 _FACTS: dict[str, tuple[str, Schema]] = {
     "Calotype-Quality": ("The quality that was used.", {"type": "number"}),
     "Calotype-Bpp": ("Bits per pixel of the file.", {"type": "number"}),
@@ -33,10 +34,8 @@ _FACTS: dict[str, tuple[str, Schema]] = {
     ),
     "Calotype-Width": ("Pixels.", {"type": "integer"}),
     "Calotype-Height": ("Pixels.", {"type": "integer"}),
-    "Calotype-Damaged-Tiles": (
-        "Numbers of the tiles that were filled in.",
-        {"type": "string", "pattern": "^[0-9]+(,[0-9]+)*$"},
-    ),
+    "Calotype-Damaged-Tiles": ("Numbers of the tiles, or packets of them, that were filled in.", _NUMBERS),
+    "Calotype-Lost-Packets": ("Numbers of the packets that were dropped and restored.", _NUMBERS),
     "Server-Timing": ("Milliseconds by stage, of waiting for a worker, and in all.", {"type": "string"}),
 }
 _PROBLEMS = {
@@ -147,13 +146,14 @@ def describe(settings: Settings) -> Schema:
         "required": ["default", "models"],
     }
     size = ["Calotype-Width", "Calotype-Height"]
+    filled = ["Calotype-Damaged-Tiles", "Calotype-Lost-Packets"]
     rate = ["Calotype-Quality", "Calotype-Bpp", "Calotype-Psnr", *size]
     pictures = dict.fromkeys(MEDIA_TYPES.values(), _BYTES)
     anchors = {MEDIA_TYPES[kind]: _BYTES for kind in ("avif", "webp", "jpeg")}
     paths = {
         "/encode": _post("encode", "Encode a picture", EncodeQuery, _PICTURE, {CLT: _BYTES}, rate, token),
         "/decode": _post(
-            "decode", "Decode a file", DecodeQuery, _STREAM, pictures, [*size, "Calotype-Damaged-Tiles"], token
+            "decode", "Decode a file", DecodeQuery, _STREAM, pictures, [*size, *filled], token
         ),
         "/compare": _post(
             "compare", "Encode a picture with another codec at a size", CompareQuery, _PICTURE, anchors, rate, token

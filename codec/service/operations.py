@@ -75,6 +75,10 @@ class EncodeQuery(Query):
     target_bpp: Positive | None = Field(None, description="Most bits per pixel of the file.")
     target_psnr: Positive | None = Field(None, description="PSNR to reach, in dB.")
     tile: Literal["256", "512", "1024", "2048", "4096"] = Field("1024", description="Side of a tile in pixels.")
+    effort: Literal["5", "7", "9"] = Field("5", description="7 and 9: much more time for smaller files.")
+    packets: int = Field(
+        1, ge=1, le=container.MAX_PACKETS, description="Parts of a tile that can be lost; models of tokens."
+    )
     metadata: Metadata = "all"
     measure: Flag = Field(False, description="Decode the result and report its PSNR.")
 
@@ -104,6 +108,10 @@ class DecodeQuery(Query):
     )
     scale: Literal["1", "2", "4", "8"] = Field("1", description="Decode at 1/scale of the size.")
     allow_partial: Flag = Field(False, description="Fill in damaged tiles instead of failing.")
+    simulate_loss: float = Field(
+        0, ge=0, le=1, allow_inf_nan=False, description="Share of the packets that is dropped and restored."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Chooses which packets are dropped.")
 
     @property
     def box(self) -> api.Region | None:
@@ -142,12 +150,13 @@ def _headers(**values: float | str | None) -> dict[str, str]:
     return {f"Calotype-{name.replace('_', '-').title()}": text for name, text in texts.items()}
 
 
-def _written(picture: Picture, format: str, seconds: Mapping[str, float], damaged: str | None = None) -> Reply:
+def _written(picture: Picture, format: str, seconds: Mapping[str, float], **numbers: Sequence[int]) -> Reply:
     """The reply that is a decoded picture."""
     started = time.perf_counter()
     data = write_picture(picture, format)
     seconds = {**seconds, "write": time.perf_counter() - started}
-    facts = _headers(width=str(picture.width), height=str(picture.height), damaged_tiles=damaged)
+    lists = {name: ",".join(map(str, found)) or None for name, found in numbers.items()}
+    facts = _headers(width=str(picture.width), height=str(picture.height), **lists)
     return Reply(data, MEDIA_TYPES[format], picture.width * picture.height, seconds, facts)
 
 
@@ -193,6 +202,8 @@ class Engine:
             quality=api.DEFAULT_QUALITY if query.quality is None else query.quality,
             target=query.target,
             tile=int(query.tile),
+            effort=int(query.effort),
+            packets=query.packets,
             metadata=_kinds(query.metadata),
             progress=check,
         )
@@ -218,11 +229,14 @@ class Engine:
             region=query.box,
             scale=int(query.scale),
             allow_partial=query.allow_partial,
+            simulate_loss=query.simulate_loss,
+            seed=query.seed,
             max_pixels=self._settings.max_pixels,
             progress=check,
         )
-        damaged = ",".join(map(str, decoded.damaged)) or None
-        return _written(decoded.picture, query.format, decoded.seconds, damaged)
+        return _written(
+            decoded.picture, query.format, decoded.seconds, damaged_tiles=decoded.damaged, lost_packets=decoded.lost
+        )
 
     def batch(self, query: DecodeQuery, body: bytes) -> Batch[Reply] | None:
         """How a file is decoded together with others of equal size and tiles; None if it is to be decoded alone."""
@@ -232,7 +246,7 @@ class Engine:
             return None  # decoding it will say what is wrong
         model = zoo.name_of(header.weights)
         most = BATCH_PIXELS // (header.width * header.height)
-        if model is None or most < 2 or query.region or query.allow_partial:
+        if model is None or most < 2 or query.region or query.allow_partial or query.simulate_loss:
             return None
         kind = (replace(header, quality=0), query.scale)
         return Batch(kind, (query, body), most, lambda items: self._decode_together(model, items))
@@ -256,6 +270,8 @@ class Engine:
         from calotype.picture import PictureCoder
 
         codec = self.codec(model)
+        if not isinstance(codec.coder, PictureCoder):
+            return codec
         return Codec(PictureCoder(codec.coder.network, codec.coder.device, batch=BATCH_PIXELS), codec.spec)
 
     def compare(self, query: CompareQuery, body: bytes, check: Check) -> Reply:

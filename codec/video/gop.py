@@ -23,11 +23,13 @@ from calotype.errors import FormatError, ModelNotFoundError
 from calotype.models import tables, zoo
 from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
 from calotype.models.quantizers import QUALITY_STEPS, lagrangian
-from calotype.models.video import Memory, Video
+from calotype.models.video import Memory, Video, frame_psnr
+from calotype.picture import PictureCoder
 from calotype.stopwatch import Stopwatch
 from calotype.video import planes
 from calotype.video.frames import Colour, Frame, gray
 from calotype.video.packet import VideoFormat
+from calotype.video.steadiness import Steadiness
 
 INTRA, INTER = 0, 1
 """Types of frames: coded like a still picture, or predicted from the frame before."""
@@ -85,7 +87,10 @@ class _Chain:
         self.format = format
         self.device = pick_device(device)
         self.watch = Stopwatch(self.device)
-        coder = Codec.load(_name(format.intra_weights, format.intra_model), device=str(self.device)).coder
+        name = _name(format.intra_weights, format.intra_model)
+        coder = Codec.load(name, device=str(self.device)).coder
+        if not isinstance(coder, PictureCoder):
+            raise ModelNotFoundError(f"model {name!r} does not code key frames: the video is damaged")
         self.image, self.image_tables = coder.network, coder.tables
         self.reference: Planes | None = None
 
@@ -129,6 +134,7 @@ class GopEncoder(_Chain):
     """
 
     shown: Frame
+    _steadiness: Steadiness
 
     def __init__(self, format: VideoFormat, device: str = "auto") -> None:
         super().__init__(format, device)
@@ -140,8 +146,8 @@ class GopEncoder(_Chain):
         """The payload of the next frame; `quality` 0..1000 replaces that of the format for this group."""
         key = key or self.reference is None
         self._place = 0 if key else self._place + 1
-        offset = KEY_OFFSET if key else OFFSETS[(self._place - 1) % len(OFFSETS)]
         base = self.format.quality if quality is None else quality
+        offset = KEY_OFFSET if key else OFFSETS[(self._place - 1) % len(OFFSETS)] + self._steadiness.correction
         step = min(max(base + offset, 0), QUALITY_STEPS)
         integer, t = self._quality(step)
         x = planes.to_planes(frame, self.device)
@@ -150,6 +156,7 @@ class GopEncoder(_Chain):
             y = self.image.analyse(planes.to_rgb(x, self.format.colour), t)
             (payload,), latent = symbols.write(self.image.code(shape, integer, y), self.image_tables, 1, self.watch)
             self.shown = self._after_key(latent, t)
+            self._steadiness = Steadiness(functools.partial(self._alone, base), x)
             return _HEAD.pack(INTRA, step) + payload
         source = Reference(self.reference)
         field = search(x.luma, source, _search_cost(t), self.field)
@@ -159,7 +166,14 @@ class GopEncoder(_Chain):
         coding = self.video.code(shape, integer, self.memory, self.field, field, y)
         (payload,), (field, latent) = symbols.write(coding, self.video_tables, 1, self.watch)
         self.shown = self._after_inter(latent, field, prediction, context, t)
+        self._steadiness.note(x, frame_psnr(x, self.reference))
         return _HEAD.pack(INTER, step) + payload
+
+    def _alone(self, quality: int, x: Planes) -> float:
+        """PSNR of a frame if it were coded as a key frame at an integer quality, but for the means of its latents."""
+        t = self._quality(quality)[1]
+        y = self.image.analyse(planes.to_rgb(x, self.format.colour), t)
+        return frame_psnr(x, planes.from_rgb(self.image.synthesise(torch.round(y), t), self.format.colour))
 
 
 def _search_cost(t: Tensor) -> float:

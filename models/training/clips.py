@@ -23,14 +23,24 @@ MOTION_COST = 6 / 255
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames and the fields from each frame to the one before it.
+    """Frames, and the motion of the clip as it is played to and fro without end.
 
-    luma: [T, H, W] uint8; chroma: [T, 2, H/2, W/2] uint8; fields: [T, 2, H/8, W/8] int16, of frame 0 all zeros.
+    luma: [T, H, W] uint8; chroma: [T, 2, H/2, W/2] uint8. Played to and fro it shows the frames `order`, over and over;
+    fields: [2T - 2, 2, H/8, W/8] int16, from each frame of `order` to the one shown before it.
     """
 
     luma: Tensor
     chroma: Tensor
     fields: Tensor
+
+    @property
+    def order(self) -> list[int]:
+        """Numbers of the frames shown in one period: 0 1 … T-1 T-2 … 1."""
+        return to_and_fro(len(self.luma))
+
+
+def to_and_fro(frames: int) -> list[int]:
+    return [*range(frames), *range(frames - 2, 0, -1)]
 
 
 def find_clips(folder: Path) -> list[Path]:
@@ -67,12 +77,13 @@ def to_planes(luma: Tensor, chroma: Tensor) -> Planes:
 def load_clip(path: Path) -> Clip:
     """Frames and their motion, found between the original frames."""
     luma, chroma = load_frames(path)
-    fields = [torch.zeros(2, luma.shape[1] // BLOCK, luma.shape[2] // BLOCK, dtype=torch.int16)]
-    for i in range(1, len(luma)):
-        before, now = (to_planes(luma[k : k + 1], chroma[k : k + 1]) for k in (i - 1, i))
-        previous = fields[-1][None].long() if i > 1 else None
+    fields: list[Tensor] = []
+    order = to_and_fro(len(luma))
+    for i, j in zip(order, [*order[1:], 0], strict=True):
+        before, now = (to_planes(luma[k : k + 1], chroma[k : k + 1]) for k in (i, j))
+        previous = fields[-1][None].long() if fields else None
         fields.append(search(now.luma, Reference(before), MOTION_COST, previous)[0].short())
-    return Clip(luma, chroma, torch.stack(fields))
+    return Clip(luma, chroma, torch.stack([fields[-1], *fields[:-1]]))
 
 
 def load_clips(folder: Path, cache: Path) -> list[Clip]:
@@ -127,25 +138,30 @@ class Segment:
 
 
 class RandomSegments:
-    """Endless random segments of clips, with flips; all clips are held decoded in memory."""
+    """Endless random segments of clips, with flips; all clips are held decoded in memory.
+
+    Clips are short; a longer segment plays one to and fro.
+    """
 
     def __init__(self, clips: list[Clip], *, frames: int, crop: int, seed: int) -> None:
         self.frames, self.crop = frames, crop
         self.random = random.Random(seed)
-        self.clips = [c for c in clips if min(c.luma.shape[1:]) >= crop and len(c.luma) >= frames]
+        self.clips = [c for c in clips if min(c.luma.shape[1:]) >= crop and len(c.luma) > 1]
         if not self.clips:
-            raise ValueError(f"no clip has {frames} frames of at least {crop} pixels on its short side")
+            raise ValueError(f"no clip has two frames of at least {crop} pixels on their short side")
 
     def __next__(self) -> Segment:
         rng, side = self.random, self.crop
         clip = rng.choice(self.clips)
-        start = rng.randrange(len(clip.luma) - self.frames + 1)
+        order = clip.order
+        start = rng.randrange(len(order))
+        times = [(start + i) % len(order) for i in range(self.frames)]
+        numbers = [order[time] for time in times]
         # Crops begin at whole blocks of chroma and motion.
         top = rng.randrange((clip.luma.shape[1] - side) // ALIGN + 1) * ALIGN
         left = rng.randrange((clip.luma.shape[2] - side) // ALIGN + 1) * ALIGN
-        times = slice(start, start + self.frames)
-        luma = clip.luma[times, top : top + side, left : left + side]
-        chroma = clip.chroma[times, :, top // 2 : (top + side) // 2, left // 2 : (left + side) // 2]
+        luma = clip.luma[numbers, top : top + side, left : left + side]
+        chroma = clip.chroma[numbers, :, top // 2 : (top + side) // 2, left // 2 : (left + side) // 2]
         fields = clip.fields[
             times, :, top // BLOCK : (top + side) // BLOCK, left // BLOCK : (left + side) // BLOCK
         ].clone()

@@ -9,13 +9,13 @@ from torch import nn
 
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.recipe import Recipe
-from calotype.models.training.tasks import Forward, Losses, Validation, loss_per_sample
+from calotype.models.training.tasks import Forward, Losses, Task, Validation, loss_per_sample
 from calotype.models.zoo import architecture, load_parameters
 
 VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 
 
-class PhotoTask:
+class PhotoTask(Task):
     """Photographs for `hyperprior`. See `tasks.Task`."""
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,6 +47,14 @@ class Recipe(BaseModel):
     """Photographs or clips that are looked at."""
     frames: int = Field(8, gt=1)
     """Length of a rollout of the video model, with its key frame."""
+    stage: Literal["pictures", "tokens"] = "pictures"
+    """Of the token model: its transforms and codebooks, or then its prior and the restoration of lost tokens."""
+    features_from: int = Field(0, ge=0)
+    """Step from which the token model is trained for features of pictures, too, and not for absolute error alone."""
+    adversarial_from: int | None = None
+    """Step from which the token model is trained against a discriminator."""
+    recluster: tuple[int, ...] = ()
+    """Steps at which the codebooks of the token model are clustered anew."""
     image_model: str = "hyperprior"
     """Shipped model that codes the key frames of the video model."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +33,18 @@ class Validation:
     loss: float
 
 
-class Task(Protocol):
+class Task(abc.ABC):
     """Batches, loss and validation of one kind of model."""
 
     model: nn.Module
+    stateful: Mapping[str, Any] = {}
+    """What else a checkpoint must hold: objects with `state_dict` and `load_state_dict`."""
 
+    @abc.abstractmethod
     def losses(self, forward: Forward) -> Losses:
         """Draw a batch and run it through `forward`."""
 
+    @abc.abstractmethod
     def validate(self) -> Validation:
         """Judge `model` as it is."""
 
@@ -50,10 +55,15 @@ def loss_per_sample(bpp: Tensor, mse: Tensor, t: Tensor, weighting: float) -> Te
     return (bpp + lam * 255**2 * mse) / (4 * lam**weighting)
 
 
-def make_task(recipe: Recipe, device: torch.device, seed: int) -> Task:
-    """The task of the recipe's model. Raises WeightsError, FileNotFoundError, ValueError for unusable settings."""
+def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Task:
+    """The task of the recipe's model and stage, to go on from `step`.
+
+    Raises WeightsError, FileNotFoundError, ValueError for unusable settings.
+    """
     from calotype.models.training.photos import PhotoTask
     from calotype.models.training.video import ClipTask
+    from calotype.models.training.vqgan import PictureTask, TokenTask
 
-    tasks: dict[str, type[PhotoTask] | type[ClipTask]] = {"video": ClipTask}
-    return tasks.get(recipe.model, PhotoTask)(recipe, device, seed)
+    if recipe.model == "vqgan":
+        return TokenTask(recipe, device, seed) if recipe.stage == "tokens" else PictureTask(recipe, device, seed, step)
+    return ClipTask(recipe, device, seed) if recipe.model == "video" else PhotoTask(recipe, device, seed)

@@ -44,11 +44,11 @@ class Trainer:
         checkpoint = recipe.output / CHECKPOINT
         state = torch.load(checkpoint, map_location=device, weights_only=True) if resume and checkpoint.exists() else {}
         # A resumed run goes on with other batches than it began with.
-        self.task = make_task(recipe, device, recipe.seed + 1000003 * self.rank + 7919 * state.get("step", 0))
+        self.step, self.seconds = state.get("step", 0), 0.0
+        self.task = make_task(recipe, device, recipe.seed + 1000003 * self.rank + 7919 * self.step, self.step)
         self.model = self.task.model
         self.optimizers = build_optimizers(self.model, muon_lr=recipe.muon_lr, adam_lr=recipe.adam_lr)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
-        self.step, self.seconds = 0, 0.0
         if state:
             self._restore(state)
 
@@ -59,7 +59,9 @@ class Trainer:
         self.ema = state["ema"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.seconds = state["seconds"]
+        for name, part in self.task.stateful.items():
+            part.load_state_dict(state["task"][name])
         torch.set_rng_state(state["rng"].cpu())
 
     def save(self) -> None:
@@ -70,6 +72,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimizers": [o.state_dict() for o in self.optimizers],
+            "task": {name: part.state_dict() for name, part in self.task.stateful.items()},
             "step": self.step,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),

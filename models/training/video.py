@@ -21,12 +21,13 @@ from calotype.models.training.clips import (
     to_planes,
 )
 from calotype.models.training.recipe import Recipe
-from calotype.models.training.tasks import Forward, Losses, Validation, loss_per_sample
-from calotype.models.video import STRIDE, FrameRates, Memory, Video, shuffle, unshuffle
+from calotype.models.training.tasks import Forward, Losses, Task, Validation, loss_per_sample
+from calotype.models.video import STRIDE, FrameRates, Memory, Video, frame_psnr, shuffle, unshuffle
 
 VALIDATION_QUALITIES = (0.2, 0.45, 0.7)
 VALIDATION_FRAMES = 7
 QUALITY_JITTER = 0.08
+CHROMA_WEIGHT = 4
 
 # Y'CbCr of BT.601 in its limited range to RGB, both in [-0.5, 0.5]: the training clips are tagged so.
 _RGB_OF_YUV = torch.tensor([[1.1644, 0.0, 1.5960], [1.1644, -0.3918, -0.8130], [1.1644, 2.0172, 0.0]])
@@ -47,10 +48,14 @@ def from_rgb(rgb: Tensor) -> Planes:
 
 
 def frame_error(a: Planes, b: Planes) -> Tensor:
-    """Mean squared error [B], luma and chroma weighted 6:1:1."""
+    """Mean squared error [B] of luma, plus those of both chroma planes with the weights that PSNR-YUV gives them.
+
+    PSNR-YUV is (6 Y + U + V) / 8 in decibels: what an error costs is its share of its own plane's error, and chroma's
+    errors are a few times smaller.
+    """
     luma = (a.luma - b.luma).square().mean((1, 2, 3))
-    chroma = (a.chroma - b.chroma).square().mean((1, 2, 3))
-    return (6 * luma + 2 * chroma) / 8
+    chroma = (a.chroma - b.chroma).square().mean((2, 3)).sum(1)
+    return (6 * luma + CHROMA_WEIGHT * chroma) / 8
 
 
 @torch.no_grad()
@@ -130,7 +135,7 @@ class Rollouts:
         for slot in range(batch):
             self._restart(slot)
             # Out of phase from the beginning.
-            self.position[slot] = 1 + slot % (segments.frames - 1)
+            self.position[slot] = 1 + slot * (segments.frames - 1) // batch
 
     def _restart(self, slot: int) -> None:
         segment = self.segment[slot] = next(self.segments)
@@ -167,7 +172,7 @@ class Rollouts:
         self.position = [p + 1 for p in self.position]
 
 
-class ClipTask:
+class ClipTask(Task):
     """Clips for `video`. See `tasks.Task`."""
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
@@ -200,7 +205,7 @@ class ClipTask:
 
     @torch.no_grad()
     def validate(self) -> Validation:
-        """Predicted frames only: rate without motion, PSNR (6:1:1), with motion found on decoded references."""
+        """Predicted frames only: rate without motion, PSNR-YUV, with motion found on decoded references."""
         points, losses = [], []
         for quality in VALIDATION_QUALITIES:
             t = torch.tensor([quality], device=self.device)
@@ -223,7 +228,7 @@ class ClipTask:
             reference, memory = out.frame, Memory(out.latent, latent, torch.zeros(1))
             bpp, mse = (out.latent_bits + out.hyper_bits) / x.luma.numel(), frame_error(reference, x)
             rates.append(bpp.item())
-            psnrs.append(-10 * math.log10(mse.item()))
+            psnrs.append(frame_psnr(reference, x))
             losses.append(loss_per_sample(bpp, mse, t, self.recipe.rate_weighting).item())
         count = len(rates)
         return sum(rates) / count, sum(psnrs) / count, sum(losses) / count

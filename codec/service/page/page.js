@@ -2,13 +2,15 @@ const $ = id => document.getElementById(id);
 const MAGIC = [0x89, 0x43, 0x4c, 0x54, 0x0d, 0x0a, 0x1a, 0x0a];
 const LABELS = { original: "Original", calotype: "Calotype", avif: "AVIF", webp: "WebP", jpeg: "JPEG" };
 const ANCHORS = ["avif", "webp", "jpeg"];
-const BPP = { low: 0.05, high: 2.5 };  // ends of the size slider
+const LATENTS = { low: 0.05, high: 2.5 }, TOKENS = { low: 0.008, high: 0.06 };  // ends of the size slider, in bpp
+const PACKETS = 10;  // of a tile of tokens, so that the loss slider has something to drop
 
 // A file that was opened, and the pictures that were made of it: source name -> { url, bytes, bpp, psnr, encoding, decoding }.
 let subject = null;
 let pictures = {};
 let work = new AbortController();
 let token = "";
+let tokenModels = new Set();
 
 // Words ----------------------------------------------------------------------------------------------------------
 
@@ -99,6 +101,7 @@ async function open(file) {
   hideViewer();
   $("download").hidden = true;
   $("results").hidden = true;
+  offerLoss(false);
   const stream = await isStream(file);
   const mine = subject = { file, stream, name: file.name.replace(/\.[^.]*$/, "") || "picture", width: 0, height: 0, viewable: false };
   $("subject").textContent = `${file.name}, ${fileSize(file.size)}`;
@@ -149,7 +152,11 @@ async function run(task, ...values) {
 
 const metadata = () => $("keep").checked ? "all" : "icc";
 const aim = () => document.querySelector("input[name=aim]:checked").value;
-const bpp = () => BPP.low * (BPP.high / BPP.low) ** (Number($("amount").value) / 100);
+const ofTokens = () => tokenModels.has($("model").value);
+function bpp() {
+  const { low, high } = ofTokens() ? TOKENS : LATENTS;
+  return low * (high / low) ** (Number($("amount").value) / 100);
+}
 const targetSize = () => Math.round(bpp() * subject.width * subject.height / 8);
 
 async function encode(signal) {
@@ -158,18 +165,45 @@ async function encode(signal) {
   if (aim() === "quality") query.quality = $("amount").value;
   else if (subject.viewable) query.target_size = targetSize();
   else query.target_bpp = bpp().toPrecision(4);
+  if (ofTokens()) query.packets = PACKETS;
   const response = await call("encode", query, subject.file, signal);
   const stream = await response.blob();
   const spent = timing(response), known = facts(response);
   subject.width = Number(response.headers.get("Calotype-Width"));
   subject.height = Number(response.headers.get("Calotype-Height"));
   say("Decoding…");
+  offerLoss(ofTokens());
   const { url, decoding } = await decode(stream, {}, signal);
+  subject.clt = stream;
   forget(["calotype", ...ANCHORS]);
-  pictures.calotype = { url, bytes: stream.size, ...known, searched: !("quality" in query), encoding: spent.total - spent.wait - (spent.measure ?? 0), decoding };
+  pictures.calotype = { url, bytes: stream.size, ...known, exact: known.psnr, searched: !("quality" in query), encoding: spent.total - spent.wait - (spent.measure ?? 0), decoding };
   offerDownload(stream);
   await fillSides(signal);
   say(`Encoded to ${fileSize(stream.size)}, ${known.bpp.toFixed(3)} bits per pixel, ${known.psnr.toFixed(2)} dB.`);
+}
+
+// The slider of lost packets belongs to one file: another one starts without loss.
+function offerLoss(possible) {
+  $("loss-field").hidden = !possible;
+  $("loss").value = 0;
+  showLoss();
+}
+
+function showLoss() {
+  $("loss-value").textContent = `${$("loss").value} %`;
+  $("loss").setAttribute("aria-valuetext", `${$("loss").value} % of the packets lost`);
+}
+
+async function lose(signal) {
+  say("Decoding…");
+  const share = Number($("loss").value) / 100;
+  const { url, lost } = await decode(subject.clt, { simulate_loss: share }, signal);
+  const picture = pictures.calotype;
+  URL.revokeObjectURL(picture.url);
+  // The PSNR was measured without loss.
+  Object.assign(picture, { url, psnr: share ? undefined : picture.exact });
+  draw();
+  say(lost ? `Restored without packets ${lost.replaceAll(",", ", ")}.` : "Decoded without loss.");
 }
 
 function offerDownload(stream) {
@@ -186,14 +220,15 @@ async function decode(stream, query, signal) {
   const url = URL.createObjectURL(await response.blob());
   await loadable(url);
   const spent = timing(response);
-  return { url, decoding: spent.total - spent.wait - spent.write, damaged: response.headers.get("Calotype-Damaged-Tiles") };
+  return { url, decoding: spent.total - spent.wait - spent.write, damaged: response.headers.get("Calotype-Damaged-Tiles"), lost: response.headers.get("Calotype-Lost-Packets") };
 }
 
 async function show(signal, partial = false) {
   say("Decoding…");
   const info = await (await call("info", {}, subject.file, signal)).json();
   const { url, decoding, damaged } = await decode(subject.file, { allow_partial: partial }, signal);
-  Object.assign(subject, { width: info.width, height: info.height });
+  Object.assign(subject, { width: info.width, height: info.height, clt: subject.file });
+  offerLoss(info.packets > 1);
   $("subject").textContent = `${subject.file.name}, ${fileSize(subject.file.size)}, ${info.width} × ${info.height}, quality ${info.quality}`;
   pictures.calotype = { url, bytes: info.file_bytes, bpp: info.bpp, quality: info.quality, decoding };
   await fillSides(signal);
@@ -461,6 +496,8 @@ for (const radio of document.querySelectorAll("input[name=aim]")) {
 $("amount").addEventListener("input", showAmount);
 $("amount").addEventListener("change", again);
 $("keep").addEventListener("change", again);
+$("loss").addEventListener("input", showLoss);
+$("loss").addEventListener("change", () => { if (pictures.calotype) run(lose); });
 $("settings").addEventListener("submit", event => event.preventDefault());
 for (const side of ["left", "right"]) {
   $(side).addEventListener("change", () => { if (pictures.calotype) run(fillSides); else draw(); });
@@ -504,8 +541,9 @@ async function start() {
   showAmount();
   const found = await (await call("models")).json();
   const describe = () => { $("model-summary").textContent = found.models.find(m => m.name === $("model").value).summary; };
+  tokenModels = new Set(found.models.filter(m => m.architecture === "vqgan").map(m => m.name));
   $("model").replaceChildren(...found.models.map(m => new Option(m.name, m.name, false, m.name === found.default)));
-  $("model").addEventListener("change", () => { describe(); again(); });
+  $("model").addEventListener("change", () => { describe(); showAmount(); again(); });
   describe();
 }
 

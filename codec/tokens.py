@@ -1,0 +1,340 @@
+"""A picture's way through a model of tokens, and tokens as data of their own.
+
+The grids are those of `calotype.picture`: tiles of tokens are coded alone, windows of pixels transformed with a halo.
+Each tile consists of packets that are decoded one by one; what is lost with one is restored from the others.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calotype import symbols
+from calotype.entropy import NO_TABLES
+from calotype.errors import DriftError, FormatError, InputError, LimitError
+from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
+from calotype.models.codebook import Codebook
+from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.tokens import interleave
+from calotype.models.vqgan import STRIDE, Vqgan
+from calotype.models.zoo import layout
+from calotype.picture import WINDOW, Box, DecodeJob, Progress, grid
+from calotype.stopwatch import Stopwatch
+
+MAX_CODEBOOK = 2**24
+"""Numbers in a codebook that is read from a file."""
+
+
+@dataclass
+class PacketJob(DecodeJob):
+    """A `DecodeJob` of tiles that consist of `packets`: its payloads are numbered tile after tile, packet after packet.
+
+    A payload that is None is restored, whatever `allow_partial` says.
+    """
+
+    packets: int = 1
+
+
+class TokenCoder:
+    """What `PictureCoder` is to latents, for tokens. Holds no state between calls; safe to share between threads."""
+
+    def __init__(self, network: Vqgan, device: torch.device) -> None:
+        self.network, self.device, self.layout = network, device, layout(device)
+
+    def qualities(self) -> list[int]:
+        """The lowest integer quality of each step of the ladder."""
+        steps = len(self.network.config.ladder)
+        return [-(-step * QUALITY_STEPS // steps) for step in range(steps)]
+
+    def codebook(self, quality: int) -> npt.NDArray[np.float32]:
+        """The codewords [K, D] at an integer quality."""
+        book = self.network.codebooks[self.network.ladder_step(quality)]
+        assert isinstance(book, Codebook)
+        with torch.inference_mode():
+            return book.codewords.float().cpu().numpy()
+
+    # Encoding ---------------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        quality: int,
+        tile: int,
+        watch: Stopwatch,
+        progress: Progress | None = None,
+        effort: int = 5,
+        packets: int = 1,
+    ) -> list[bytes]:
+        """Payloads, tile after tile and packet after packet, for pixels [H, W, C]; arguments as in `PictureCoder`."""
+        if effort != 5:
+            raise InputError(f"effort {effort} is for models of latents: tokens know effort 5 only")
+        tokens = self.analyse(pixels, quality, watch, _part(progress, 0, 0.5))
+        return self.write(tokens, quality, tile, packets, watch, _part(progress, 0.5, 0.5))
+
+    @torch.inference_mode()
+    def analyse(
+        self, pixels: npt.NDArray[np.uint8], quality: int, watch: Stopwatch, progress: Progress | None = None
+    ) -> Tensor:
+        """Tokens [ceil(H/16), ceil(W/16)] int64, on the CPU, of pixels [H, W, C] at an integer quality."""
+        rows, columns = -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE)
+        tokens = torch.empty(rows, columns, dtype=torch.int64)
+        windows = grid(Box(0, 0, rows, columns), WINDOW)
+        for count, window in enumerate(windows, 1):
+            with watch("load"):
+                outer = window.grown(self.network.halo, rows, columns)
+                x = self._to_network(pixels, outer.scaled(STRIDE))
+            with watch("transform"):
+                found = self.network.analyse(x, self.network.ladder_step(quality))
+                tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
+            if progress:
+                progress(count / len(windows))
+        return tokens
+
+    def _to_network(self, pixels: npt.NDArray[np.uint8], box: Box) -> Tensor:
+        """[1, 3, H, W] in [-0.5, 0.5] of a box of pixels, edges repeated where the box leaves the picture."""
+        part = torch.from_numpy(pixels[box.slices].copy()).to(self.device)
+        x = part.permute(2, 0, 1)[None].float().div_(255).sub_(0.5)
+        x = F.pad(x, (0, box.shape[1] - x.shape[3], 0, box.shape[0] - x.shape[2]), mode="replicate")
+        return x.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout)
+
+    @torch.inference_mode()
+    def write(
+        self,
+        tokens: Tensor,
+        quality: int,
+        tile: int,
+        packets: int,
+        watch: Stopwatch,
+        progress: Progress | None = None,
+    ) -> list[bytes]:
+        """Payloads, tile after tile and packet after packet, of tokens [h, w] in tiles of so many pixels a side."""
+        step, payloads = self.network.ladder_step(quality), []
+        boxes = grid(Box(0, 0, *tokens.shape), tile // STRIDE)
+        for count, box in enumerate(boxes, 1):
+            part = tokens[box.slices][None].to(self.device)
+            for packet in range(packets):
+                coding = self.network.code((1, *box.shape), step, packet, packets, part, device=self.device)
+                (payload,), _ = symbols.write(coding, NO_TABLES, 1, watch)
+                payloads.append(payload)
+            if progress:
+                progress(count / len(boxes))
+        return payloads
+
+    # Decoding ---------------------------------------------------------------------------------------------------------
+
+    def decode(self, job: PacketJob, area: Box, scale: int, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
+        """Pixels [h, w, 3] uint8 of `area` (pixels of the full picture), made smaller by `scale`.
+
+        Only packets of tiles that the area and its halo touch are asked of `job.payload`.
+        """
+        canvas = self._canvas(job, area)
+        tokens, known = self.read(job, canvas, _part(progress, 0, 0.5))
+        return self.draw(job, canvas, tokens, known, area, scale, _part(progress, 0.5, 0.5))
+
+    def _canvas(self, job: DecodeJob, area: Box) -> Box:
+        """The tokens under `area` (pixels), with the halo of the synthesis."""
+        return _tokens_under(area).grown(self.network.halo, *job.latent_shape)
+
+    def tiles_for(self, job: PacketJob, area: Box) -> set[int]:
+        """Numbers of the payloads that decoding `area` (pixels) reads."""
+        tiles = [number for number, _ in job.tiles_touching(self._canvas(job, area))]
+        return {tile * job.packets + packet for tile in tiles for packet in range(job.packets)}
+
+    @torch.inference_mode()
+    def read(self, job: PacketJob, canvas: Box, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens int64 and which of them are known, both of the shape of `canvas` (tokens of the full picture)."""
+        tokens = torch.zeros(canvas.shape, dtype=torch.int64)
+        known = torch.zeros(canvas.shape, dtype=torch.bool)
+        tiles = job.tiles_touching(canvas)
+        for count, (tile, box) in enumerate(tiles, 1):
+            whole, seen = torch.zeros(box.shape, dtype=torch.int64), box.within(canvas)
+            intact = torch.zeros(job.packets, dtype=torch.bool)
+            for packet in range(job.packets):
+                found = self._read_packet(job, tile, packet, box.shape)
+                if found is None:
+                    job.damaged.append(tile * job.packets + packet)
+                else:
+                    whole += found  # zero outside of its packet
+                    intact[packet] = True
+            inner, place = seen.relative_to(box).slices, seen.relative_to(canvas).slices
+            tokens[place] = whole[inner]
+            known[place] = intact[interleave(*box.shape, job.packets)][inner]
+            if progress:
+                progress(count / len(tiles))
+        return tokens, known
+
+    def _read_packet(self, job: PacketJob, tile: int, packet: int, shape: tuple[int, int]) -> Tensor | None:
+        """Tokens [h, w] of a packet, zero outside of it; None if it is lost."""
+        number = tile * job.packets + packet
+        payload = job.payload(number)
+        if payload is None:
+            return None
+        step = self.network.ladder_step(job.quality)
+        coding = self.network.code((1, *shape), step, packet, job.packets, device=self.device)
+        note = job.symbols_seen
+        seen = None if note is None else lambda _, run: note(number, run)
+        name = f"tile {tile}" if job.packets == 1 else f"packet {packet} of tile {tile}"
+        try:
+            found = symbols.read(coding, NO_TABLES, [payload], [name], job.watch, device=self.device, seen=seen)
+        except (FormatError, DriftError):
+            if not job.allow_partial:
+                raise
+            return None
+        return found[0].cpu()
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        job: DecodeJob,
+        canvas: Box,
+        tokens: Tensor,
+        known: Tensor,
+        area: Box,
+        scale: int,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Pixels of `area` at 1/scale of tokens that cover `canvas`, those that are not `known` restored first."""
+        step = self.network.ladder_step(job.quality)
+        with job.watch("restore"):
+            codewords = self.network.embed(tokens[None].to(self.device), step, known[None].to(self.device))
+        steps = torch.tensor([step], device=self.device)
+        target = Box(area.top // scale, area.left // scale, -(-area.bottom // scale), -(-area.right // scale))
+        out = np.empty((*target.shape, 3), np.uint8)
+        windows = grid(_tokens_under(area), WINDOW)
+        for count, window in enumerate(windows, 1):
+            with job.watch("transform"):
+                outer = window.grown(self.network.halo, *job.latent_shape).within(canvas)
+                part = codewords[(..., *outer.relative_to(canvas).slices)].contiguous(memory_format=self.layout)
+                x = self.network.synthesise(part, steps, scale)
+                seen = window.scaled(STRIDE // scale).within(target)
+                x = x[(0, slice(None), *seen.relative_to(outer.scaled(STRIDE // scale)).slices)]
+                x = x.add(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+            with job.watch("store"):
+                out[seen.relative_to(target).slices] = x.permute(1, 2, 0).cpu().numpy()
+            if progress:
+                progress(count / len(windows))
+        return out
+
+
+def _tokens_under(area: Box) -> Box:
+    """The tokens that a box of pixels touches."""
+    return Box(area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE))
+
+
+def _part(progress: Progress | None, start: float, share: float) -> Progress | None:
+    """Progress of a part that begins at `start` and makes up `share` of the whole."""
+    return None if progress is None else lambda fraction: progress(start + share * fraction)
+
+
+# Tokens as data -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A picture as a map of numbers of codewords. Raises InputError for fields that do not fit together.
+
+    Attributes:
+        indexes: [ceil(height / 16), ceil(width / 16)] int32 in [0, K), one for each 16 x 16 pixels.
+        codebook: [K, D] float32, what the indexes stand for.
+        quality: 0 to 100, as in a file; it chooses the codebook.
+        width, height: of the picture, in pixels.
+        channels: 1 for gray, 3 for RGB.
+        weights: first 8 bytes of the SHA-256 of the model's weights.
+    """
+
+    indexes: npt.NDArray[np.int32]
+    codebook: npt.NDArray[np.float32]
+    quality: float
+    width: int
+    height: int
+    channels: int
+    weights: bytes
+
+    def __post_init__(self) -> None:
+        if not (0 < self.width <= MAX_SIDE and 0 < self.height <= MAX_SIDE) or self.channels not in (1, 3):
+            raise InputError(f"tokens of an impossible picture, {self.width}x{self.height} of {self.channels} channels")
+        if not 0 <= self.quality <= 100 or len(self.weights) != 8:
+            raise InputError("the quality of tokens must be 0 to 100, and their weights are named by 8 bytes")
+        shape = -(-self.height // STRIDE), -(-self.width // STRIDE)
+        if self.indexes.shape != shape or self.indexes.dtype != np.int32:
+            raise InputError(
+                f"tokens of {self.width}x{self.height} pixels must be {list(shape)} int32, "
+                f"got {list(self.indexes.shape)} {self.indexes.dtype}"
+            )
+        if self.codebook.ndim != 2 or self.codebook.dtype != np.float32:
+            raise InputError(
+                f"a codebook must be [K, D] float32, got {list(self.codebook.shape)} {self.codebook.dtype}"
+            )
+        if self.indexes.min() < 0 or self.indexes.max() >= len(self.codebook):
+            raise InputError(f"tokens must be 0 to {len(self.codebook) - 1}, the numbers of the codewords")
+
+    def embed(self) -> npt.NDArray[np.float32]:
+        """The codewords [h, w, D] that the indexes stand for."""
+        return self.codebook[self.indexes]
+
+    def to_npz(self) -> bytes:
+        """A NumPy archive of the fields, under their names; `weights` are uint8."""
+        out = io.BytesIO()
+        np.savez_compressed(
+            out, indexes=self.indexes, codebook=self.codebook, quality=np.float64(self.quality),
+            width=np.int64(self.width), height=np.int64(self.height), channels=np.int64(self.channels),
+            weights=np.frombuffer(self.weights, np.uint8),
+        )  # fmt: skip
+        return out.getvalue()
+
+    @classmethod
+    def from_npz(cls, data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tokens:
+        """Read what `to_npz` wrote. Shapes are checked before memory is allocated; nothing is unpickled.
+
+        Raises InputError for any other content, LimitError for pictures of over `max_pixels`.
+        """
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                width, height, channels = (
+                    int(_array(archive, name, "i", ())) for name in ("width", "height", "channels")
+                )
+                if width * height > max_pixels:
+                    raise LimitError(f"tokens of {width}x{height} pixels are over the limit of {max_pixels}")
+                shape = -(-height // STRIDE), -(-width // STRIDE)
+                found = _array(archive, "indexes", "i", shape)
+                indexes = found.astype(np.int32)
+                if (indexes != found).any():
+                    raise InputError("tokens are out of range")
+                return cls(
+                    indexes=indexes,
+                    codebook=_array(archive, "codebook", "f", None).astype(np.float32),
+                    quality=float(_array(archive, "quality", "f", ())),
+                    width=width,
+                    height=height,
+                    channels=channels,
+                    weights=_array(archive, "weights", "u", (8,)).astype(np.uint8).tobytes(),
+                )
+        except (InputError, LimitError):
+            raise
+        # What zipfile and numpy raise for damaged archives is not documented: anything may come.
+        except Exception as error:
+            raise InputError(f"the tokens cannot be read: {error}; use a file that --tokens wrote") from error
+
+
+def _array(archive: zipfile.ZipFile, name: str, kind: str, shape: tuple[int, ...] | None) -> npt.NDArray[np.generic]:
+    """An array of a kind of numbers and a shape, the codebook's if it is None. Raises InputError for any other."""
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        found, fortran, dtype = header(file)
+        fits = len(found) == 2 and math.prod(found) <= MAX_CODEBOOK if shape is None else found == shape
+        if not fits or fortran or dtype.kind != kind:
+            raise InputError(f"{name} must not be {list(found)} {dtype}: use a file that --tokens wrote")
+        size = math.prod(found) * dtype.itemsize
+        content = file.read(size)
+        if len(content) != size or file.read(1):
+            raise InputError(f"{name} has not the length that it announces: the file is damaged")
+    return np.frombuffer(content, dtype).reshape(found)

@@ -1,0 +1,271 @@
+"""Codebooks for groups of neighbouring channels, and the mixture weights with which their codewords are coded.
+
+The channels of a latent are cut into groups of d; each group's difference from its predicted mean is replaced by one
+of 2h + 1 codewords, symmetric about zero, which the symbols -h .. h number. The context network gives every group a
+scale, and every codebook has a table of integer probabilities for each scale: the weights of a Gaussian mixture whose
+means are the codewords. They are counted on photographs (`calotype.models.training.codebooks`) and shipped, as are the
+codewords, in integers.
+
+Codewords are a fixed basis, the integer points of smallest norm, times one learned d x d matrix for the whole codebook,
+so that none can be left behind (Zhu et al., "Addressing Representation Collapse in Vector Quantized Models with One
+Linear Layer", 2024).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from calotype.models import tables
+from calotype.models.priors import Request, as_rows, request
+
+DISTORTION = 6 / math.log(2)
+"""Bits that a squared quantisation step of distortion is worth: `quantizers.base_step` makes it so at every quality."""
+CANDIDATES = {1: 3, 2: 6, 4: 16}
+"""Codewords that are tried for a group, by its width, beside zero."""
+ROWS = tables.SCALES - tables.SKIP
+"""Tables of a codebook: one for each scale that is coded."""
+REACH = 3.0
+"""Standard deviations that the farthest codeword must be away from zero."""
+_ESCAPE = 2
+"""Frequency of the escape, which every table of the coder has; here it never occurs."""
+
+
+class Book(NamedTuple):
+    """A codebook: how many groups share it, the channels d of each, and h: it has 2h + 1 codewords."""
+
+    groups: int
+    dimension: int
+    half: int
+
+    @property
+    def channels(self) -> int:
+        return self.groups * self.dimension
+
+    @property
+    def size(self) -> int:
+        return 2 * self.half + 1
+
+
+def channels(books: Sequence[Book]) -> int:
+    """Channels that a row of codebooks covers, one codebook after another."""
+    return sum(book.channels for book in books)
+
+
+def basis(book: Book) -> Tensor:
+    """[size, d] int64: integer points of small norm, of opposite signs in opposite places, zero in the middle."""
+    reach = next(r for r in itertools.count(1) if (2 * r + 1) ** book.dimension >= 4 * book.size or book.dimension == 1)
+    reach = book.half if book.dimension == 1 else reach
+    axis = torch.arange(-reach, reach + 1)
+    points = torch.cartesian_prod(*[axis] * book.dimension).view(-1, book.dimension)
+    # Of each pair p, -p the one whose first non-zero coordinate is positive: the second half in lexicographic order.
+    positive = points[len(points) // 2 + 1 :]
+    positive = positive[positive.square().sum(1).argsort(stable=True)][: book.half]
+    return torch.cat([-positive.flip(0), torch.zeros_like(positive[:1]), positive])
+
+
+def stretch(points: Tensor) -> Tensor:
+    """[ROWS] int16: the power of two by which codewords near integer points [size, d] are enlarged, by scale.
+
+    A scale for which they would not reach far enough gets larger steps instead.
+    """
+    reach = points.double().square().sum(1).max().sqrt()
+    wanted = REACH * tables.scale_of(torch.arange(tables.SKIP, tables.SCALES).double())
+    return torch.exp2(torch.ceil(torch.log2(wanted / reach)).clamp(min=0)).to(torch.int16)
+
+
+def gaussian_weights(points: Tensor) -> Tensor:
+    """[ROWS, size]: probability of the unit cell around each integer point [size, d], by scale."""
+    sigma = tables.scale_of(torch.arange(tables.SKIP, tables.SCALES).double()) / stretch(points)
+    sigma = sigma[:, None, None]
+    edge = points.double()
+    cell = torch.special.ndtr((edge + 0.5) / sigma) - torch.special.ndtr((edge - 0.5) / sigma)
+    weights = cell.clamp(min=1e-30).prod(2)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def frequencies(weights: Tensor) -> Tensor:
+    """Tables for the coder [rows, size + 1] int32 of weights [rows, size]: each sums to 2 ** PRECISION, none is 0.
+
+    The last entry is that of the escape, which is never coded.
+    """
+    size = weights.shape[1]
+    room = 2**tables.PRECISION - _ESCAPE - tables.FLOOR * size
+    rounded = torch.floor(weights / weights.sum(1, keepdim=True) * room).long() + tables.FLOOR
+    rest = 2**tables.PRECISION - _ESCAPE - rounded.sum(1)
+    rounded[torch.arange(len(rounded)), rounded.argmax(1)] += rest
+    return torch.cat([rounded, torch.full((len(rounded), 1), _ESCAPE)], 1).to(torch.int32)
+
+
+class Codebooks(nn.Module):
+    """The codebooks of one latent, one after another over its channels, with their tables.
+
+    Args:
+        books: their shapes.
+        unit: integer steps of the latent per quantisation step.
+        first: number of the first table, among those of all latents of a model.
+
+    `words` are all codewords in 1/unit steps, `frequencies` all tables, `stretch` [books, ROWS] what the codewords are
+    multiplied by.
+    """
+
+    words: Tensor
+    frequencies: Tensor
+    stretch: Tensor
+    first_table: Tensor
+    group_of_channel: Tensor
+    """[C]: the number of the group that a channel belongs to."""
+
+    def __init__(self, books: Sequence[Book], unit: int, first: int) -> None:
+        super().__init__()
+        self.books, self.unit = tuple(books), unit
+        self.channels, self.groups = channels(books), sum(book.groups for book in books)
+        points = [basis(book) for book in books]
+        self.register_buffer("words", torch.cat([p.flatten() for p in points]).mul(unit).to(torch.int16))
+        self.register_buffer("frequencies", torch.cat([frequencies(gaussian_weights(p)).flatten() for p in points]))
+        self.register_buffer("stretch", torch.stack([stretch(p) for p in points]))
+        self.stop_table = first + ROWS * len(books)
+        counts = torch.tensor([book.groups for book in books])
+        dimensions = torch.tensor([book.dimension for book in books]).repeat_interleave(counts)
+        numbers = torch.arange(first, self.stop_table, ROWS).repeat_interleave(counts)
+        self.register_buffer("first_table", numbers, persistent=False)
+        self.register_buffer(
+            "group_of_channel", torch.arange(self.groups).repeat_interleave(dimensions), persistent=False
+        )
+        self._searches: dict[int, Search] = {}
+        self.searched: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+        """Called by `search` with its arguments and the indexes of the codewords, for statistics."""
+
+    @property
+    def half_widths(self) -> list[int]:
+        """Of every table, as `priors.CodingTables` has them."""
+        return [book.half for book in self.books for _ in range(ROWS)]
+
+    def words_of(self, number: int) -> Tensor:
+        """[size, d] int16, a view: the codewords of one codebook in 1/unit steps."""
+        start = sum(book.size * book.dimension for book in self.books[:number])
+        book = self.books[number]
+        return self.words[start : start + book.size * book.dimension].view(book.size, book.dimension)
+
+    def frequencies_of(self, number: int) -> Tensor:
+        """[ROWS, size + 1] int32, a view: the tables of one codebook."""
+        start = ROWS * sum(book.size + 1 for book in self.books[:number])
+        columns = self.books[number].size + 1
+        return self.frequencies[start : start + ROWS * columns].view(ROWS, columns)
+
+    def table_numbers(self, scale: Tensor) -> Tensor:
+        """Tables of groups [B, n, G] of given scales: 0 for what is not coded."""
+        return (scale + (self.first_table - tables.SKIP)) * (scale >= tables.SKIP)
+
+    def code(self, mean: Tensor, scale: Tensor, target: Tensor | None) -> Generator[Request, Tensor, Tensor]:
+        """Encode a latent in quantisation steps, or decode one if it is None.
+
+        Args:
+            mean: [B, C, H, W], integers in 1/unit steps.
+            scale: [B, G, H, W], integers.
+            target: [B, C, H, W].
+        Returns:
+            The quantised latent [B, C, H, W], integers in 1/unit steps, channels innermost.
+        """
+        height, width = mean.shape[2:]
+        value, index = as_rows(mean).contiguous(), as_rows(scale)
+        symbols = None
+        if target is not None:
+            symbols = request(self.nearest(as_rows(target) - value / self.unit, index), torch.int32)
+        answer = yield Request(request(self.table_numbers(index), torch.int16), symbols)
+        answer = answer.view(len(value), self.groups, -1).to(value.device)
+        parts = []
+        group = 0
+        for number, book in enumerate(self.books):
+            place = answer[:, group : group + book.groups].transpose(1, 2) + book.half
+            words = self.words_of(number)[place]
+            factors = self.stretch[number]
+            row = index[..., group : group + book.groups] - tables.SKIP
+            if row.max() >= (factors == 1).sum():
+                words = words.float() * factors[row.clamp_(min=0).long()][..., None]
+            parts.append(words.flatten(2).float())
+            group += book.groups
+        value = value + torch.cat(parts, 2)
+        return value.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    # Encoder only: floats ---------------------------------------------------------------------------------------------
+
+    def nearest(self, offset: Tensor, scale: Tensor) -> Tensor:
+        """Symbols [B, n, G], as float32, of offsets [B, n, C] in quantisation steps under scales [B, n, G].
+
+        They are best by rate and distortion among the codewords that lie nearby: |offset - codeword|² in squared steps
+        times `DISTORTION` plus bits.
+        """
+        symbols = torch.zeros_like(scale, dtype=torch.float32)
+        group = channel = 0
+        for number, book in enumerate(self.books):
+            own = scale[..., group : group + book.groups]
+            where = (own >= tables.SKIP).nonzero(as_tuple=True)
+            vectors = offset[..., channel : channel + book.channels].unflatten(-1, (book.groups, book.dimension))[where]
+            row = own[where].long() - tables.SKIP
+            symbols[..., group : group + book.groups][where] = self.search(number, vectors, row)
+            group, channel = group + book.groups, channel + book.channels
+        return symbols
+
+    def search(self, number: int, vectors: Tensor, row: Tensor) -> Tensor:
+        """Symbols [n] float32 of vectors [n, d] in quantisation steps under rows [n] of the codebook's tables."""
+        if number not in self._searches:
+            self._searches[number] = Search(
+                self.words_of(number) / self.unit, self.frequencies_of(number)[:, :-1], self.stretch[number]
+            )
+        index = self._searches[number].best(vectors, row)
+        if self.searched is not None:
+            self.searched(number, vectors, row, index)
+        return (index - self.books[number].half).float()
+
+    def replace(self, number: int, words: Tensor, weights: Tensor) -> None:
+        """Give a codebook other codewords [size, d], in quantisation steps, and weights [ROWS, size]."""
+        self.words_of(number).copy_(words.mul(self.unit).round())
+        self.frequencies_of(number).copy_(frequencies(weights))
+        self._searches.pop(number, None)
+
+
+class Search:
+    """Finds codewords for an encoder.
+
+    The space is cut into the cells of the integer grid, and every cell lists the codewords that may be best in it:
+    those near its centre or a little nearer to zero, where codewords are cheap, and zero itself.
+
+    Args:
+        words: [size, d] in quantisation steps.
+        frequencies: [rows, size].
+        stretch: [rows], what the codewords are multiplied by.
+    """
+
+    def __init__(self, words: Tensor, frequencies: Tensor, stretch: Tensor) -> None:
+        size, dimension = words.shape
+        self.words, self.size, self.stretch = words, size, stretch.float()
+        self.bits = (tables.PRECISION - frequencies.double().log2()).float().flatten()
+        self.reach = math.ceil(words.abs().max().item())
+        axis = torch.arange(-self.reach, self.reach + 1, device=words.device)
+        centres = torch.cartesian_prod(*[axis] * dimension).view(-1, dimension).float()
+        inwards = centres.sign() * (centres.abs() - 0.25).clamp(min=0)
+        near = torch.cdist(inwards, words).topk(min(CANDIDATES[dimension], size), 1, largest=False).indices
+        self.cells = torch.cat([near, torch.full_like(near[:, :1], size // 2)], 1)
+
+    def best(self, vectors: Tensor, row: Tensor) -> Tensor:
+        """Index [n] of the best codeword for vectors [n, d] in quantisation steps, under rows [n] of tables.
+
+        The best has the least `DISTORTION` times squared distance plus bits.
+        """
+        factor = self.stretch[row]
+        vectors = vectors / factor[:, None]
+        cell = vectors.round().clamp_(-self.reach, self.reach).add_(self.reach).long()
+        place = cell[:, 0]
+        for axis in range(1, cell.shape[1]):
+            place = place * (2 * self.reach + 1) + cell[:, axis]
+        candidates = self.cells[place]
+        cost = (self.words[candidates] - vectors[:, None]).square_().sum(2)
+        cost *= factor.square_().mul_(DISTORTION)[:, None]
+        cost += self.bits[row[:, None] * self.size + candidates]
+        return candidates.gather(1, cost.argmin(1, keepdim=True))[:, 0]

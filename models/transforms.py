@@ -1,0 +1,195 @@
+"""The transforms of the image models: between pixels and a latent at 1/16, one set of weights for every rate.
+
+    x --unshuffle 8--> 1x1 -> N -> blocks --2x2/2--> K -> blocks -> 1x1 -> M --+--> y
+    x --unshuffle 16--> linear shortcut (starts as a DCT) ---------------------+
+    y_hat -> 1x1 -> K -> blocks --shuffle 2--> N -> blocks -> 1x1 --shuffle 8--+--> x_hat
+    y_hat -> linear shortcut -> shuffle 16 ------------------------------------+
+
+All work happens at 1/8 resolution and below, which makes it fast on a CPU. The linear shortcut lets training start as a
+transform codec instead of searching for one. Rates are switched by quantization-scale modulation
+(`calotype.models.quantizers`). All is float: nothing here is on the entropy path.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calotype.models import tables
+from calotype.models.blocks import blocks, dct_basis, in_bfloat16
+from calotype.models.quantizers import Modulation, base_step
+
+STRIDE = 16
+"""Pixels per latent position, each way."""
+_STRIP = 512
+"""Positions that pointwise layers compute at a time on a CPU."""
+
+
+@dataclass(frozen=True)
+class TransformsConfig:
+    """Widths and depths."""
+
+    fine: int = 128
+    coarse: int = 192
+    latent: int = 320
+    analysis_fine: int = 3
+    analysis_coarse: int = 4
+    synthesis_coarse: int = 4
+    synthesis_fine: int = 4
+
+
+class Rates(NamedTuple):
+    """Output of a training step: x_hat [B, 3, H, W], bits of the latent [B], bits of the hyper-latents [B]."""
+
+    x_hat: Tensor
+    latent_bits: Tensor
+    hyper_bits: Tensor
+
+
+class Transforms(nn.Module):
+    """See the module's text. Pictures are [B, 3, H, W] in [-0.5, 0.5] with H and W multiples of 16."""
+
+    def __init__(self, config: TransformsConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.enc_in = nn.Conv2d(192, c.fine, 1)
+        self.enc_fine = blocks(c.fine, c.analysis_fine)
+        self.enc_down = nn.Conv2d(c.fine, c.coarse, 2, stride=2)
+        self.enc_coarse = blocks(c.coarse, c.analysis_coarse)
+        self.enc_out = nn.Conv2d(c.coarse, c.latent, 1)
+        self.enc_linear = nn.Conv2d(768, c.latent, 1, bias=False)
+        self.enc_modulation = Modulation(c.fine)
+        self.enc_step = Modulation(c.latent)
+
+        self.dec_in = nn.Conv2d(c.latent, c.coarse, 1)
+        self.dec_coarse = blocks(c.coarse, c.synthesis_coarse)
+        self.dec_up = nn.Conv2d(c.coarse, 4 * c.fine, 1)
+        self.dec_fine = blocks(c.fine, c.synthesis_fine)
+        self.dec_out = nn.Conv2d(c.fine, 192, 1)
+        self.dec_linear = nn.Conv2d(c.latent, 768, 1, bias=False)
+        self.dec_modulation = Modulation(c.fine)
+        self.dec_step = Modulation(c.latent)
+
+        basis = dct_basis(STRIDE, c.latent)
+        with torch.no_grad():
+            self.enc_linear.weight.copy_(basis[:, :, None, None])
+            self.dec_linear.weight.copy_(basis.t()[:, :, None, None])
+        for layer in (self.enc_out, self.dec_out):
+            nn.init.normal_(layer.weight, std=0.002)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def halo(self) -> int:
+        """Latent positions around a tile that its synthesis (and, in pixels / 16, its analysis) depends on."""
+        fine = max(self.config.analysis_fine, self.config.synthesis_fine)
+        return max(self.config.analysis_coarse, self.config.synthesis_coarse) + -(-fine // 2)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent
+
+    def economical(self) -> Self:
+        """A network that shares its weights with this one and whose blocks multiply in bfloat16 (see `in_bfloat16`).
+
+        Not those that draw the finest detail: a pixel may differ by 1/255 at most from what float32 gives.
+        """
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        for name in ("enc_fine", "enc_coarse", "dec_coarse"):
+            setattr(twin, name, in_bfloat16(getattr(self, name)))
+        early = len(self.dec_fine) // 2
+        twin.dec_fine = nn.Sequential(*in_bfloat16(self.dec_fine[:early]), *self.dec_fine[early:])
+        return twin
+
+    def analyse(self, x: Tensor, t: Tensor) -> Tensor:
+        """Latent y [B, M, H/16, W/16] in quantisation steps, at quality `t` [B] in [0, 1]."""
+        into, linear = (
+            _in_runs(layer.weight.flatten(1).t(), outer, 8).t()
+            for layer, outer in ((self.enc_in, 1), (self.enc_linear, 2))
+        )
+        factors = self.enc_modulation(t)
+        eighth = _gather(x, 8)
+        f = _by_strips(lambda x: _pointwise(x, into, self.enc_in.bias) * factors.to(x.dtype), eighth)
+        f = self.enc_coarse(self.enc_down(self.enc_fine(f)))
+        y = _by_strips(lambda f, x: self.enc_out(f) + _pointwise(_gather(x, 2), linear), f, eighth)
+        return y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None])
+
+    def synthesise(self, y_hat: Tensor, t: Tensor, scale: int = 1) -> Tensor:
+        """Picture [B, 3, 16 H / scale, 16 W / scale], around [-0.5, 0.5], from a latent in quantisation steps.
+
+        With `scale` 2, 4 or 8 each pixel is the mean of scale x scale pixels: the last linear layers give the means
+        directly, so the large picture is never made.
+        """
+        y = y_hat * (self.dec_step(t) * base_step(t)[:, None, None, None])
+        assert self.dec_up.bias is not None
+        assert self.dec_out.bias is not None
+        up, out, linear = (
+            _in_runs(layer.weight.flatten(1), *shuffle)
+            for layer, shuffle in (
+                (self.dec_up, (1, 2)), (self.dec_out, (1, 8, scale)), (self.dec_linear, (2, 8, scale)),
+            )
+        )  # fmt: skip
+        up_bias, out_bias = _in_runs(self.dec_up.bias, 1, 2), _in_runs(self.dec_out.bias, 1, 8, scale)
+        factors = self.dec_modulation(t)
+        f = self.dec_coarse(self.dec_in(y))
+        f = _by_strips(lambda f: _spread(_pointwise(f, up, up_bias), 2) * factors.to(f.dtype), f)
+        f = self.dec_fine(f)
+
+        def draw(y: Tensor, f: Tensor) -> Tensor:
+            return _spread(_pointwise(f, out, out_bias) + _spread(_pointwise(y, linear), 2), 8 // scale)
+
+        return _by_strips(draw, y, f).float()
+
+    def dequantise(self, latent: Tensor) -> Tensor:
+        """From the integers of coding, in 1/64, to quantisation steps, the input of `synthesise`."""
+        return latent / tables.MEAN_UNIT
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1x1 convolution by a matrix [outputs, inputs]."""
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def _in_runs(parameter: Tensor, outer: int, inner: int, scale: int = 1) -> Tensor:
+    """Rows for pixel shuffle by outer * inner, reordered and reduced to the means over scale x scale pixels.
+
+    Rows (channel, row, column) as torch's pixel shuffle has them become (outer row, outer column, inner row,
+    inner column, channel): what goes side by side in a picture lies side by side, and a shuffle moves runs of memory.
+    """
+    side = inner // scale
+    parameter = parameter.unflatten(0, (-1, outer, side, scale, outer, side, scale)).mean((3, 6))
+    return parameter.movedim((1, 3, 2, 4, 0), (0, 1, 2, 3, 4)).flatten(0, 4)
+
+
+def _gather(x: Tensor, factor: int) -> Tensor:
+    """Pixel unshuffle into channels (row, column, channel)."""
+    batch, _, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(batch, height // factor, factor, width // factor, -1)
+    return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
+
+
+def _spread(x: Tensor, factor: int) -> Tensor:
+    """Pixel shuffle of channels (row, column, channel)."""
+    batch, _, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).unflatten(3, (factor, -1)).transpose(2, 3)
+    return x.reshape(batch, height * factor, width * factor, -1).permute(0, 3, 1, 2)
+
+
+def _by_strips(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function` of features whose rows do not depend on each other, in strips of rows that stay in the cache.
+
+    The first input is the coarsest: the heights of the others are multiples of its.
+    """
+    height, width = inputs[0].shape[2:]
+    if not torch.is_inference_mode_enabled() or inputs[0].is_cuda:
+        return function(*inputs)
+    rows = max(1, _STRIP // width)
+    strips = zip(*(x.split(rows * (x.shape[2] // height), 2) for x in inputs), strict=True)
+    return torch.cat([function(*strip) for strip in strips], 2)
