@@ -26,8 +26,6 @@ from calotype.models.priors import Request, as_rows, request
 
 DISTORTION = 6 / math.log(2)
 """Bits that a squared quantisation step of distortion is worth: `quantizers.base_step` makes it so at every quality."""
-CANDIDATES = {1: 3, 2: 6, 4: 16}
-"""Codewords that are tried for a group, by its width, beside zero."""
 ROWS = tables.SCALES - tables.SKIP
 """Tables of a codebook: one for each scale that is coded."""
 REACH = 3.0
@@ -198,30 +196,23 @@ class Codebooks(nn.Module):
     def nearest(self, offset: Tensor, scale: Tensor) -> Tensor:
         """Symbols [B, n, G], as float32, of offsets [B, n, C] in quantisation steps under scales [B, n, G].
 
-        They are best by rate and distortion among the codewords that lie nearby: |offset - codeword|² in squared steps
-        times `DISTORTION` plus bits.
+        The codeword nearest to an offset that is drawn towards zero as rate and distortion want it, see `Search`.
         """
-        symbols = torch.zeros_like(scale, dtype=torch.float32)
+        parts = []
         group = channel = 0
         for number, book in enumerate(self.books):
+            if number not in self._searches:
+                self._searches[number] = Search(self.words_of(number) / self.unit, self.stretch[number])
             own = scale[..., group : group + book.groups]
-            where = (own >= tables.SKIP).nonzero(as_tuple=True)
-            vectors = offset[..., channel : channel + book.channels].unflatten(-1, (book.groups, book.dimension))[where]
-            row = own[where].long() - tables.SKIP
-            symbols[..., group : group + book.groups][where] = self.search(number, vectors, row)
+            vectors = offset[..., channel : channel + book.channels].unflatten(-1, (book.groups, book.dimension))
+            row = (own - tables.SKIP).clamp_(min=0).long()
+            index = self._searches[number].best(vectors, row)
+            coded = own >= tables.SKIP
+            if self.searched is not None:
+                self.searched(number, vectors[coded], row[coded], index[coded])
+            parts.append((index - book.half) * coded)
             group, channel = group + book.groups, channel + book.channels
-        return symbols
-
-    def search(self, number: int, vectors: Tensor, row: Tensor) -> Tensor:
-        """Symbols [n] float32 of vectors [n, d] in quantisation steps under rows [n] of the codebook's tables."""
-        if number not in self._searches:
-            self._searches[number] = Search(
-                self.words_of(number) / self.unit, self.frequencies_of(number)[:, :-1], self.stretch[number]
-            )
-        index = self._searches[number].best(vectors, row)
-        if self.searched is not None:
-            self.searched(number, vectors, row, index)
-        return (index - self.books[number].half).float()
+        return torch.cat(parts, -1).float()
 
     def replace(self, number: int, words: Tensor, weights: Tensor) -> None:
         """Give a codebook other codewords [size, d], in quantisation steps, and weights [ROWS, size]."""
@@ -233,39 +224,31 @@ class Codebooks(nn.Module):
 class Search:
     """Finds codewords for an encoder.
 
-    The space is cut into the cells of the integer grid, and every cell lists the codewords that may be best in it:
-    those near its centre or a little nearer to zero, where codewords are cheap, and zero itself.
+    A Gaussian of variance σ² has the best codeword k for r where `DISTORTION` (r - k)² plus the bits of k is least, in
+    nats 6 (r - k)² + k² / 2σ²: near r σ² / (σ² + 1/12). The nearest codeword to that is looked up by the cell of the
+    integer grid that it lies in.
 
     Args:
         words: [size, d] in quantisation steps.
-        frequencies: [rows, size].
         stretch: [rows], what the codewords are multiplied by.
     """
 
-    def __init__(self, words: Tensor, frequencies: Tensor, stretch: Tensor) -> None:
-        size, dimension = words.shape
-        self.words, self.size, self.stretch = words, size, stretch.float()
-        self.bits = (tables.PRECISION - frequencies.double().log2()).float().flatten()
+    def __init__(self, words: Tensor, stretch: Tensor) -> None:
+        dimension = words.shape[1]
         self.reach = math.ceil(words.abs().max().item())
         axis = torch.arange(-self.reach, self.reach + 1, device=words.device)
         centres = torch.cartesian_prod(*[axis] * dimension).view(-1, dimension).float()
-        inwards = centres.sign() * (centres.abs() - 0.25).clamp(min=0)
-        near = torch.cdist(inwards, words).topk(min(CANDIDATES[dimension], size), 1, largest=False).indices
-        self.cells = torch.cat([near, torch.full_like(near[:, :1], size // 2)], 1)
+        self.cells = torch.cdist(centres, words).argmin(1)
+        self.strides = [(2 * self.reach + 1) ** power for power in reversed(range(dimension))]
+        sigma = tables.scale_of(torch.arange(tables.SKIP, tables.SCALES, device=words.device).float()) / stretch
+        self.gains = sigma**2 / (sigma**2 + 1 / 12) / stretch
 
     def best(self, vectors: Tensor, row: Tensor) -> Tensor:
-        """Index [n] of the best codeword for vectors [n, d] in quantisation steps, under rows [n] of tables.
-
-        The best has the least `DISTORTION` times squared distance plus bits.
-        """
-        factor = self.stretch[row]
-        vectors = vectors / factor[:, None]
-        cell = vectors.round().clamp_(-self.reach, self.reach).add_(self.reach).long()
-        place = cell[:, 0]
-        for axis in range(1, cell.shape[1]):
-            place = place * (2 * self.reach + 1) + cell[:, axis]
-        candidates = self.cells[place]
-        cost = (self.words[candidates] - vectors[:, None]).square_().sum(2)
-        cost *= factor.square_().mul_(DISTORTION)[:, None]
-        cost += self.bits[row[:, None] * self.size + candidates]
-        return candidates.gather(1, cost.argmin(1, keepdim=True))[:, 0]
+        """Indexes [...] of the codewords for vectors [..., d] in quantisation steps, under rows [...] of the tables."""
+        gain = self.gains[row]
+        place: Tensor | None = None
+        for axis, stride in enumerate(self.strides):
+            cell = (vectors[..., axis] * gain).round_().clamp_(-self.reach, self.reach).add_(self.reach).mul_(stride)
+            place = cell if place is None else place.add_(cell)
+        assert place is not None
+        return self.cells[place.int()]

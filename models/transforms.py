@@ -104,8 +104,9 @@ class Transforms(nn.Module):
         twin._modules = dict(self._modules)
         for name in ("enc_fine", "enc_coarse", "dec_coarse"):
             setattr(twin, name, in_bfloat16(getattr(self, name)))
-        early = len(self.dec_fine) // 2
-        twin.dec_fine = nn.Sequential(*in_bfloat16(self.dec_fine[:early]), *self.dec_fine[early:])
+        fine = list(self.dec_fine.children())
+        early = in_bfloat16(nn.Sequential(*fine[: len(fine) // 2]))
+        twin.dec_fine = nn.Sequential(*early.children(), *fine[len(fine) // 2 :])
         return twin
 
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write tests/golden, golden_mixture and golden_video: files that every later version must decode to the same symbols.
+"""Write the folders tests/golden*: files that every later version must decode to the same symbols.
 
 Run after new weights:
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 
 import av
 import numpy as np
@@ -29,6 +31,8 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 MIXTURE = TESTS / "golden_mixture"
 MIXTURE_CASES = ("portrait-q10", "portrait-q60", "coffee-q85", "alpha-q30", "tiles-q25", "pattern-q100", "pixel-q50")
+VQGAN = TESTS / "golden_vqgan"
+VQGAN_PACKETS = {"portrait-q10": 1, "portrait-q60": 5, "coffee-q85": 1, "alpha-q30": 2, "tiles-q25": 4, "pixel-q50": 3}
 VIDEO = TESTS / "golden_video"
 INDEX = "hashes.json"
 
@@ -71,10 +75,16 @@ def main() -> None:
     """Replace the files of all folders."""
     make_stills("hyperprior", GOLDEN, cases())
     make_stills("mixture", MIXTURE, {name: case for name, case in cases().items() if name in MIXTURE_CASES})
+    make_stills("vqgan", VQGAN, {name: cases()[name] for name in VQGAN_PACKETS}, VQGAN_PACKETS)
     make_video()
 
 
-def make_stills(model: str, folder: Path, pictures: dict[str, tuple[Picture, float, int]]) -> None:
+def make_stills(
+    model: str,
+    folder: Path,
+    pictures: dict[str, tuple[Picture, float, int]],
+    packets: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """Replace the folder's files: every picture encoded and decoded, and the hashes of the symbols."""
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
@@ -82,7 +92,7 @@ def make_stills(model: str, folder: Path, pictures: dict[str, tuple[Picture, flo
     codec = Codec.load(model, device="cpu")
     index = {}
     for name, (picture, quality, tile) in pictures.items():
-        data = codec.encode(picture, quality=quality, tile=tile).data
+        data = codec.encode(picture, quality=quality, tile=tile, packets=packets.get(name, 1)).data
         (folder / f"{name}.clt").write_bytes(data)
         (folder / f"{name}.png").write_bytes(write_picture(codec.decode(data).picture, "png"))
         index[f"{name}.clt"] = {"symbols": codec.symbol_hash(data), "pixels_png": f"{name}.png"}

@@ -10,16 +10,16 @@ import io
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import make_golden
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -45,7 +45,7 @@ from calotype.errors import (
     ModelNotFoundError,
     TargetError,
 )
-from calotype.media import Picture
+from calotype.media import Picture, read_picture
 from calotype.models import zoo
 from calotype.models.exact import integerise
 from calotype.models.vqgan import STRIDE, Vqgan, VqganConfig
@@ -58,38 +58,11 @@ TOTAL = 2**24
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def forget() -> None:
-    for cached in (zoo._index, zoo.load, zoo.codebook_size, api._coder):
-        cached.cache_clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The shipped model; where none is shipped, one with fresh weights: what is tested here does not need good ones."""
-    if "vqgan" in zoo.names():
-        yield
-        return
-    folder = tmp_path_factory.mktemp("weights") / "weights"
-    shutil.copytree(zoo.WEIGHTS, folder)
-    index = json.loads((folder / zoo.INDEX).read_text(encoding="utf-8"))
-    torch.manual_seed(0)
-    index["vqgan"] = {
-        "id": 4,
-        "architecture": "vqgan",
-        "summary": "fresh weights",
-        "file": "vqgan.safetensors",
-        "sha256": zoo.save(Vqgan(), folder / "vqgan.safetensors"),
-    }
-    (folder / zoo.INDEX).write_text(json.dumps(index), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, "WEIGHTS", folder)
-        forget()
-        yield
-    forget()
+GOLDEN: dict[str, dict[str, str]] = json.loads((make_golden.VQGAN / make_golden.INDEX).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def vqgan(installed: None) -> Codec:
+def vqgan() -> Codec:
     return Codec.load("vqgan", device="cpu")
 
 
@@ -224,6 +197,15 @@ def test_entropy_coding_pays(vqgan: Codec, coder: TokenCoder, photo: Picture) ->
         tokens = -(-photo.width // STRIDE) * -(-photo.height // STRIDE)
         data = vqgan.encode(photo, quality=quality / 10, metadata=()).data
         assert len(data) <= 61 + 4 + tokens * np.log2(size) / 8 * 1.01
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_file(vqgan: Codec, name: str) -> None:
+    data, expected = (make_golden.VQGAN / name).read_bytes(), GOLDEN[name]
+    assert vqgan.symbol_hash(data) == expected["symbols"]
+    assert TokenDecoder(vqgan.spec.weights).tokens(reference_decoder.parse(data))[1] == expected["symbols"]
+    stored = read_picture(make_golden.VQGAN / expected["pixels_png"])
+    assert difference(vqgan.decode(data).picture.pixels, stored.pixels) <= 1
 
 
 @pytest.mark.parametrize(("quality", "packets"), [(0, 1), (25, 5), (45, 4), (100, 3)])
@@ -709,7 +691,6 @@ def test_saved_integers_are_loaded_unchanged(tmp_path: Path) -> None:
 
 def work(job: dict[str, Any]) -> dict[str, str]:
     """The symbol hash of each file under each number of threads."""
-    zoo.WEIGHTS = Path(job["weights"])
     vqgan = Codec.load("vqgan", device=job["device"])
     found = {"capability": torch.backends.cpu.get_cpu_capability()}
     for threads in job["threads"]:
@@ -720,7 +701,7 @@ def work(job: dict[str, Any]) -> dict[str, str]:
 
 
 def run_worker(folder: Path, environment: dict[str, str], hashes: dict[Path, str], **options: Any) -> None:
-    job = {"weights": str(zoo.WEIGHTS), "device": "cpu", "threads": [1], "files": [str(f) for f in hashes], **options}
+    job = {"device": "cpu", "threads": [1], "files": [str(f) for f in hashes], **options}
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
     output = subprocess.run(
