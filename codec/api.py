@@ -23,9 +23,10 @@ from calotype.rate import QUALITY_STEPS, Target
 if TYPE_CHECKING:
     import torch
 
-    from calotype.picture import Box, PictureCoder
+    from calotype.picture import DecodeJob, PictureCoder
     from calotype.stopwatch import Stopwatch
-    from calotype.tokens import PacketJob, TokenCoder, Tokens
+    from calotype.tokens import TokenCoder, Tokens
+    from calotype.windows import Box
 
 DEFAULT_MODEL = "hyperprior"
 DEFAULT_QUALITY = 60.0
@@ -409,7 +410,7 @@ class Codec:
         return Codec.load(name, device=str(self.coder.device))
 
     def _pixels(
-        self, job: PacketJob, header: Header, area: Box, scale: int = 1, progress: Progress | None = None
+        self, job: DecodeJob, header: Header, area: Box, scale: int = 1, progress: Progress | None = None
     ) -> npt.NDArray[np.uint8]:
         pixels = self.coder.decode(job, area, scale, progress)
         return _gray(pixels) if header.channels == 1 else pixels
@@ -538,18 +539,18 @@ def _check_layout(width: int, height: int, tile: int, packets: int) -> None:
         raise LimitError(f"more than {MAX_TILES} tiles, or packets of them: use larger ones")
 
 
-def _job(header: Header, watch: Stopwatch, *, allow_partial: bool = False) -> PacketJob:
-    from calotype.tokens import PacketJob
+def _job(header: Header, watch: Stopwatch, *, allow_partial: bool = False) -> DecodeJob:
+    from calotype.picture import DecodeJob
 
     size = (header.height, header.width)
-    return PacketJob(
+    return DecodeJob(
         lambda number: None, size, header.quality, header.tile, watch, allow_partial, packets=header.packets
     )
 
 
-def _whole(job: PacketJob) -> Box:
+def _whole(job: DecodeJob) -> Box:
     """All positions of the latent or of the tokens."""
-    from calotype.picture import Box
+    from calotype.windows import Box
 
     return Box(0, 0, *job.latent_shape)
 
@@ -560,7 +561,7 @@ def _gray(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 def _area(header: Header, region: Region | None) -> Box:
     """The region as a box of pixels. Raises InputError unless it lies inside the picture."""
-    from calotype.picture import Box
+    from calotype.windows import Box
 
     x, y, width, height = region or (0, 0, header.width, header.height)
     if min(x, y) < 0 or min(width, height) < 1 or x + width > header.width or y + height > header.height:

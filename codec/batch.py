@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from calotype import windows
 from calotype.container import Still
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.transforms import STRIDE
-from calotype.picture import WINDOW, Box, PictureCoder, grid
+from calotype.picture import PictureCoder
 from calotype.stopwatch import Stopwatch
+from calotype.windows import Box, grid
 
 
 @torch.inference_mode()
@@ -45,7 +47,7 @@ def _decode_group(coder: PictureCoder, stills: Mapping[int, Still], scale: int) 
         latent[(..., *box.slices)] = coder.decode_together(payloads, names, qualities, box.shape, watch)
     whole = Box(0, 0, -(-header.height // scale), -(-header.width // scale))
     out = torch.empty(len(stills), 3, *whole.shape, dtype=torch.uint8, device=coder.device)
-    for window in grid(Box(0, 0, rows, columns), WINDOW):
+    for window in windows.split(Box(0, 0, rows, columns)):
         outer = window.grown(coder.network.halo, rows, columns)
         part = latent[(..., *outer.slices)].contiguous(memory_format=coder.layout)
         x = coder.transforms.synthesise(coder.network.dequantise(part), t, scale)

@@ -11,15 +11,14 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from calotype import symbols
+from calotype import symbols, windows
 from calotype.entropy import SymbolTables
 from calotype.errors import DriftError, FormatError, InputError
 from calotype.models.blocks import bfloat16_is_fast
@@ -30,59 +29,10 @@ from calotype.models.refinement import Scene, Schedule, differentiable, refine
 from calotype.models.transforms import STRIDE
 from calotype.models.zoo import layout
 from calotype.stopwatch import Stopwatch
+from calotype.windows import Box, Progress, grid
 
-WINDOW = 2048 // STRIDE
-"""Side of a window in latent positions."""
 SCHEDULES = {7: Schedule(6, 0.05, 1.5, 0.02), 9: Schedule(20, 0.02, 1.5, 0.01)}
 """How latents are refined, by effort; at other efforts they are those of the analysis."""
-Progress = Callable[[float], None]
-
-
-class Box(NamedTuple):
-    """Half-open rectangle; in latent positions or pixels, as stated."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    def grown(self, margin: int, height: int, width: int) -> Box:
-        """Larger by `margin` each way, inside `height` x `width`."""
-        return Box(
-            max(self.top - margin, 0), max(self.left - margin, 0),
-            min(self.bottom + margin, height), min(self.right + margin, width),
-        )  # fmt: skip
-
-    def within(self, other: Box) -> Box:
-        """The common part."""
-        return Box(
-            max(self.top, other.top), max(self.left, other.left),
-            min(self.bottom, other.bottom), min(self.right, other.right),
-        )  # fmt: skip
-
-    def relative_to(self, other: Box) -> Box:
-        """The same box in the coordinates of `other`'s top left corner."""
-        return Box(self.top - other.top, self.left - other.left, self.bottom - other.top, self.right - other.left)
-
-    def scaled(self, factor: int) -> Box:
-        return Box(*(factor * v for v in self))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.bottom - self.top, self.right - self.left
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        return slice(self.top, self.bottom), slice(self.left, self.right)
-
-
-def grid(area: Box, side: int) -> list[Box]:
-    """The boxes of a grid of `side`, anchored at the origin, that cover `area`; in raster order, cut at the area."""
-    return [
-        Box(max(y, area.top), max(x, area.left), min(y + side, area.bottom), min(x + side, area.right))
-        for y in range(area.top // side * side, area.bottom, side)
-        for x in range(area.left // side * side, area.right, side)
-    ]
 
 
 @dataclass
@@ -90,12 +40,14 @@ class DecodeJob:
     """What one decoding is about: where payloads come from, and what is to be noted on the way.
 
     Attributes:
-        payload: from a tile's number to its bytes, or None for a tile that is lost.
+        payload: from the number of a tile, or of a packet (packets are counted tile after tile), to its bytes, or None
+            if it is lost.
         size: (height, width) of the full picture in pixels.
         quality, tile: as in the header.
         watch: seconds per stage are added here.
-        allow_partial: a tile that cannot be decoded is filled in and its number appended to `damaged`.
-        symbols_seen: called with a tile's number and each run of its symbols, as little-endian int32.
+        packets: of each tile.
+        allow_partial: what cannot be decoded is filled in and its number appended to `damaged`.
+        symbols_seen: called with the number of a tile or packet and each run of its symbols, as little-endian int32.
     """
 
     payload: Callable[[int], bytes | memoryview | None]
@@ -105,6 +57,7 @@ class DecodeJob:
     watch: Stopwatch
     allow_partial: bool = False
     symbols_seen: Callable[[int, bytes], None] | None = None
+    packets: int = 1
     damaged: list[int] = field(default_factory=list)
 
     @property
@@ -200,7 +153,7 @@ class PictureCoder:
                     z, refined = self.network.hyper_analysis(y), []
                     for place, n in enumerate(numbers):
                         start, share = (done + place) / len(boxes), 1 / len(boxes)
-                        report = _part(progress, start, share) if progress else None
+                        report = windows.part(progress, start, share)
                         scene = self._scene(pixels, latent, boxes[n], z[place : place + 1], quality)
                         refined.append(self._refine(scene, y[place : place + 1], SCHEDULES[effort], report))
                     coding = self.network.code(size, quality_integers, torch.cat(refined), z)
@@ -219,7 +172,14 @@ class PictureCoder:
         inner = box.relative_to(outer)
         own = box.scaled(STRIDE).within(Box(0, 0, *pixels.shape[:2]))
         around = latent[(..., *outer.slices)].to(self.device)
-        return Scene(self._to_network(pixels, own), around, inner.top, inner.left, z, self._quality(quality)[1])
+        return Scene(
+            windows.load(pixels, own, self.device, self.layout),
+            around,
+            inner.top,
+            inner.left,
+            z,
+            self._quality(quality)[1],
+        )
 
     @functools.cached_property
     def _differentiable(self) -> Hyperprior:
@@ -251,31 +211,22 @@ class PictureCoder:
         height, width = pixels.shape[:2]
         rows, columns = -(-height // STRIDE), -(-width // STRIDE)
         _, t = self._quality(quality)
-        windows = grid(Box(0, 0, rows, columns), WINDOW)
+        all_windows = windows.split(Box(0, 0, rows, columns))
         latent = None
-        for window in windows:
+        for window in all_windows:
             with watch("load"):
                 outer = window.grown(self.network.halo, rows, columns)
-                x = self._to_network(pixels, outer.scaled(STRIDE))
+                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
             with watch("transform"):
                 y = self.transforms.analyse(x, t)
                 inner = y[(..., *window.relative_to(outer).slices)]
-                if len(windows) == 1:
+                if len(all_windows) == 1:
                     return inner
                 if latent is None:
                     latent = torch.empty(1, rows, columns, y.shape[1]).permute(0, 3, 1, 2)
                 latent[(..., *window.slices)] = inner.cpu()
         assert latent is not None
         return latent
-
-    def _to_network(self, pixels: npt.NDArray[np.uint8], box: Box) -> Tensor:
-        """[1, 3, H, W] in [-0.5, 0.5] of a box of pixels, edges repeated where the box leaves the picture."""
-        part = torch.from_numpy(pixels[box.slices].copy()).to(self.device)
-        x = part.permute(2, 0, 1)[None].float().div_(255).sub_(0.5)
-        bottom, right = box.shape[0] - x.shape[2], box.shape[1] - x.shape[3]
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        return x.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout)
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 
@@ -285,7 +236,7 @@ class PictureCoder:
 
         Only tiles that the area and its halo touch are asked of `job.payload`.
         """
-        needed, canvas_box = self._boxes(job, area)
+        canvas_box = self._canvas(job, area)
         tiles = job.tiles_touching(canvas_box)
         canvas = torch.zeros(1, *canvas_box.shape, self.network.latent_channels).permute(0, 3, 1, 2)
         lost: list[Box] = []
@@ -305,16 +256,24 @@ class PictureCoder:
             if progress:
                 progress(0.5 * done / len(tiles))
         _conceal(canvas, lost)
-        return self._synthesise(canvas, canvas_box, needed, job, area, scale, progress)
+        _, t = self._quality(job.quality)
 
-    def _boxes(self, job: DecodeJob, area: Box) -> tuple[Box, Box]:
-        """Latent positions under `area` (pixels), without and with the halo of the synthesis."""
-        needed = Box(area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE))
-        return needed, needed.grown(self.network.halo, *job.latent_shape)
+        def synthesise(place: tuple[slice, slice]) -> Tensor:
+            part = canvas[(..., *place)].to(self.device).contiguous(memory_format=self.layout)
+            return self.transforms.synthesise(self.network.dequantise(part), t, scale)
+
+        return windows.draw(
+            synthesise, canvas_box, area, halo=self.network.halo, scale=scale, watch=job.watch,
+            progress=windows.part(progress, 0.5, 0.5),
+        )  # fmt: skip
+
+    def _canvas(self, job: DecodeJob, area: Box) -> Box:
+        """Latent positions under `area` (pixels) with the halo of the synthesis."""
+        return windows.under(area).grown(self.network.halo, *job.latent_shape)
 
     def tiles_for(self, job: DecodeJob, area: Box) -> set[int]:
         """Numbers of the tiles that decoding `area` (pixels) reads."""
-        return {number for number, _ in job.tiles_touching(self._boxes(job, area)[1])}
+        return {number for number, _ in job.tiles_touching(self._canvas(job, area))}
 
     def _decode_tiles(self, job: DecodeJob, tiles: Sequence[tuple[int, Box]]) -> list[Tensor | None]:
         """Latents [M, h, w] in 1/64 steps of equal tiles (number, box); None for one that cannot be decoded."""
@@ -359,42 +318,6 @@ class PictureCoder:
         quality = torch.tensor(qualities, device=self.device)
         coding = self.network.code((len(payloads), *shape), quality)
         return symbols.read(coding, self.tables, payloads, names, watch, device=self.device, seen=seen)
-
-    def _synthesise(
-        self,
-        canvas: Tensor,
-        canvas_box: Box,
-        needed: Box,
-        job: DecodeJob,
-        area: Box,
-        scale: int,
-        progress: Progress | None,
-    ) -> npt.NDArray[np.uint8]:
-        """Pixels of `area` at 1/scale from a canvas of latents that holds the boxes `needed` and its halo."""
-        _, t = self._quality(job.quality)
-        target = Box(area.top // scale, area.left // scale, -(-area.bottom // scale), -(-area.right // scale))
-        out = np.empty((*target.shape, 3), np.uint8)
-        step = STRIDE // scale
-        windows = grid(needed, WINDOW)
-        for count, window in enumerate(windows):
-            with job.watch("transform"):
-                outer = window.grown(self.network.halo, *job.latent_shape).within(canvas_box)
-                part = canvas[(..., *outer.relative_to(canvas_box).slices)].to(self.device)
-                part = part.contiguous(memory_format=self.layout)
-                x = self.transforms.synthesise(self.network.dequantise(part), t, scale)
-                seen = window.scaled(step).within(target)
-                x = x[(0, slice(None), *seen.relative_to(outer.scaled(step)).slices)]
-                x = x.add_(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
-            with job.watch("store"):
-                out[seen.relative_to(target).slices] = x.permute(1, 2, 0).cpu().numpy()
-            if progress:
-                progress(0.5 + 0.5 * (count + 1) / len(windows))
-        return out
-
-
-def _part(progress: Progress, start: float, share: float) -> Progress:
-    """Progress of a part that begins at `start` and makes up `share` of the whole."""
-    return lambda fraction: progress(start + share * fraction)
 
 
 def _conceal(canvas: Tensor, lost: Sequence[Box]) -> None:

@@ -14,33 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from calotype import symbols
+from calotype import symbols, windows
 from calotype.entropy import NO_TABLES
 from calotype.errors import DriftError, FormatError, InputError, LimitError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
-from calotype.models.codebook import Codebook
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.tokens import interleave
 from calotype.models.vqgan import STRIDE, Vqgan
 from calotype.models.zoo import layout
-from calotype.picture import WINDOW, Box, DecodeJob, Progress, grid
+from calotype.picture import DecodeJob
 from calotype.stopwatch import Stopwatch
+from calotype.windows import Box, Progress, grid
 
 MAX_CODEBOOK = 2**24
 """Numbers in a codebook that is read from a file."""
-
-
-@dataclass
-class PacketJob(DecodeJob):
-    """A `DecodeJob` of tiles that consist of `packets`: its payloads are numbered tile after tile, packet after packet.
-
-    A payload that is None is restored, whatever `allow_partial` says.
-    """
-
-    packets: int = 1
 
 
 class TokenCoder:
@@ -56,8 +45,7 @@ class TokenCoder:
 
     def codebook(self, quality: int) -> npt.NDArray[np.float32]:
         """The codewords [K, D] at an integer quality."""
-        book = self.network.codebooks[self.network.ladder_step(quality)]
-        assert isinstance(book, Codebook)
+        book = self.network.codebook(self.network.ladder_step(quality))
         with torch.inference_mode():
             return book.codewords.float().cpu().numpy()
 
@@ -76,8 +64,8 @@ class TokenCoder:
         """Payloads, tile after tile and packet after packet, for pixels [H, W, C]; arguments as in `PictureCoder`."""
         if effort != 5:
             raise InputError(f"effort {effort} is for models of latents: tokens know effort 5 only")
-        tokens = self.analyse(pixels, quality, watch, _part(progress, 0, 0.5))
-        return self.write(tokens, quality, tile, packets, watch, _part(progress, 0.5, 0.5))
+        tokens = self.analyse(pixels, quality, watch, windows.part(progress, 0, 0.5))
+        return self.write(tokens, quality, tile, packets, watch, windows.part(progress, 0.5, 0.5))
 
     @torch.inference_mode()
     def analyse(
@@ -86,24 +74,17 @@ class TokenCoder:
         """Tokens [ceil(H/16), ceil(W/16)] int64, on the CPU, of pixels [H, W, C] at an integer quality."""
         rows, columns = -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE)
         tokens = torch.empty(rows, columns, dtype=torch.int64)
-        windows = grid(Box(0, 0, rows, columns), WINDOW)
-        for count, window in enumerate(windows, 1):
+        all_windows = windows.split(Box(0, 0, rows, columns))
+        for count, window in enumerate(all_windows, 1):
             with watch("load"):
                 outer = window.grown(self.network.halo, rows, columns)
-                x = self._to_network(pixels, outer.scaled(STRIDE))
+                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
             with watch("transform"):
                 found = self.network.analyse(x, self.network.ladder_step(quality))
                 tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
             if progress:
-                progress(count / len(windows))
+                progress(count / len(all_windows))
         return tokens
-
-    def _to_network(self, pixels: npt.NDArray[np.uint8], box: Box) -> Tensor:
-        """[1, 3, H, W] in [-0.5, 0.5] of a box of pixels, edges repeated where the box leaves the picture."""
-        part = torch.from_numpy(pixels[box.slices].copy()).to(self.device)
-        x = part.permute(2, 0, 1)[None].float().div_(255).sub_(0.5)
-        x = F.pad(x, (0, box.shape[1] - x.shape[3], 0, box.shape[0] - x.shape[2]), mode="replicate")
-        return x.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout)
 
     @torch.inference_mode()
     def write(
@@ -130,26 +111,26 @@ class TokenCoder:
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 
-    def decode(self, job: PacketJob, area: Box, scale: int, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
+    def decode(self, job: DecodeJob, area: Box, scale: int, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """Pixels [h, w, 3] uint8 of `area` (pixels of the full picture), made smaller by `scale`.
 
         Only packets of tiles that the area and its halo touch are asked of `job.payload`.
         """
         canvas = self._canvas(job, area)
-        tokens, known = self.read(job, canvas, _part(progress, 0, 0.5))
-        return self.draw(job, canvas, tokens, known, area, scale, _part(progress, 0.5, 0.5))
+        tokens, known = self.read(job, canvas, windows.part(progress, 0, 0.5))
+        return self.draw(job, canvas, tokens, known, area, scale, windows.part(progress, 0.5, 0.5))
 
     def _canvas(self, job: DecodeJob, area: Box) -> Box:
         """The tokens under `area` (pixels), with the halo of the synthesis."""
-        return _tokens_under(area).grown(self.network.halo, *job.latent_shape)
+        return windows.under(area).grown(self.network.halo, *job.latent_shape)
 
-    def tiles_for(self, job: PacketJob, area: Box) -> set[int]:
+    def tiles_for(self, job: DecodeJob, area: Box) -> set[int]:
         """Numbers of the payloads that decoding `area` (pixels) reads."""
         tiles = [number for number, _ in job.tiles_touching(self._canvas(job, area))]
         return {tile * job.packets + packet for tile in tiles for packet in range(job.packets)}
 
     @torch.inference_mode()
-    def read(self, job: PacketJob, canvas: Box, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, job: DecodeJob, canvas: Box, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
         """Tokens int64 and which of them are known, both of the shape of `canvas` (tokens of the full picture)."""
         tokens = torch.zeros(canvas.shape, dtype=torch.int64)
         known = torch.zeros(canvas.shape, dtype=torch.bool)
@@ -171,7 +152,7 @@ class TokenCoder:
                 progress(count / len(tiles))
         return tokens, known
 
-    def _read_packet(self, job: PacketJob, tile: int, packet: int, shape: tuple[int, int]) -> Tensor | None:
+    def _read_packet(self, job: DecodeJob, tile: int, packet: int, shape: tuple[int, int]) -> Tensor | None:
         """Tokens [h, w] of a packet, zero outside of it; None if it is lost."""
         number = tile * job.packets + packet
         payload = job.payload(number)
@@ -206,32 +187,14 @@ class TokenCoder:
         with job.watch("restore"):
             codewords = self.network.embed(tokens[None].to(self.device), step, known[None].to(self.device))
         steps = torch.tensor([step], device=self.device)
-        target = Box(area.top // scale, area.left // scale, -(-area.bottom // scale), -(-area.right // scale))
-        out = np.empty((*target.shape, 3), np.uint8)
-        windows = grid(_tokens_under(area), WINDOW)
-        for count, window in enumerate(windows, 1):
-            with job.watch("transform"):
-                outer = window.grown(self.network.halo, *job.latent_shape).within(canvas)
-                part = codewords[(..., *outer.relative_to(canvas).slices)].contiguous(memory_format=self.layout)
-                x = self.network.synthesise(part, steps, scale)
-                seen = window.scaled(STRIDE // scale).within(target)
-                x = x[(0, slice(None), *seen.relative_to(outer.scaled(STRIDE // scale)).slices)]
-                x = x.add(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
-            with job.watch("store"):
-                out[seen.relative_to(target).slices] = x.permute(1, 2, 0).cpu().numpy()
-            if progress:
-                progress(count / len(windows))
-        return out
 
+        def synthesise(place: tuple[slice, slice]) -> Tensor:
+            part = codewords[(..., *place)].contiguous(memory_format=self.layout)
+            return self.network.synthesise(part, steps, scale)
 
-def _tokens_under(area: Box) -> Box:
-    """The tokens that a box of pixels touches."""
-    return Box(area.top // STRIDE, area.left // STRIDE, -(-area.bottom // STRIDE), -(-area.right // STRIDE))
-
-
-def _part(progress: Progress | None, start: float, share: float) -> Progress | None:
-    """Progress of a part that begins at `start` and makes up `share` of the whole."""
-    return None if progress is None else lambda fraction: progress(start + share * fraction)
+        return windows.draw(
+            synthesise, canvas, area, halo=self.network.halo, scale=scale, watch=job.watch, progress=progress
+        )
 
 
 # Tokens as data -------------------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ from calotype.media import Picture
 from calotype.models.exact import IntConv
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
-from calotype.picture import Box, DecodeJob, PictureCoder, symbol_digest
+from calotype.picture import DecodeJob, PictureCoder, symbol_digest
 from calotype.stopwatch import Stopwatch
+from calotype.windows import Box
 
 QUALITIES = (5, 45, 90)
 PLANTS = {"hyperprior": ("up_out", 160), "mixture": ("middle_enter", 128)}

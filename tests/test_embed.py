@@ -274,7 +274,7 @@ def test_files_go_through_the_networks_together(codec: Codec, synthetic: Make, m
 
 def test_pictures_of_several_windows(codec: Codec, synthetic: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(synthetic(200, 330), 60, 256)
-    monkeypatch.setattr("calotype.batch.WINDOW", 8)
+    monkeypatch.setattr("calotype.windows.WINDOW", 8)
     decoded = codec.decode_batch([data])[0].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(decoded - codec.decode(data).picture.pixels).max() <= 1
 

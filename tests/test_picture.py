@@ -17,13 +17,14 @@ from calotype import container
 from calotype.api import Codec, decode, encode, psnr
 from calotype.errors import FormatError, InputError
 from calotype.media import Picture
-from calotype.models.blocks import Block
+from calotype.models.blocks import Block, bfloat16_is_fast
 from calotype.models.exact import integerise
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Coding
 from calotype.models.transforms import STRIDE
-from calotype.picture import Box, DecodeJob, PictureCoder, grid
+from calotype.picture import DecodeJob, PictureCoder
 from calotype.stopwatch import Stopwatch
+from calotype.windows import Box, grid
 
 Make = Callable[..., Picture]
 Pixels = npt.NDArray[np.uint8]
@@ -290,6 +291,7 @@ class Spreading:
             nn.init.normal_(layer.weight, std=0.02)
         self.network = integerise(network)
         self.coder = PictureCoder(self.network, torch.device("cpu"))
+        self.coder.transforms = self.network  # whose sums differ in the last bits only
         self.watch = Stopwatch(torch.device("cpu"))
         self.picture = pixels
         self.payloads = self.coder.encode(pixels, 600, 256, self.watch)
@@ -325,7 +327,7 @@ def test_windows_give_what_the_whole_gives(synthetic: Make, monkeypatch: pytest.
     scales = (1, 2, 8)
     whole = {scale: spreading.pixels(scale) for scale in scales}
     latents = spreading.latents()
-    monkeypatch.setattr("calotype.picture.WINDOW", window)
+    monkeypatch.setattr("calotype.windows.WINDOW", window)
     for scale in scales:
         part = spreading.pixels(scale)
         assert difference(part, whole[scale]) <= 1
@@ -337,10 +339,26 @@ def test_windows_give_what_the_whole_gives(synthetic: Make, monkeypatch: pytest.
     assert (spreading.latents() - latents).abs().max() > 1e-4
 
 
+@pytest.mark.skipif(not bfloat16_is_fast(torch.device("cpu")), reason="this processor has no bfloat16 products")
+@pytest.mark.parametrize("quality", [0, 10, 50, 100])
+def test_bfloat16_moves_no_pixel_by_more_than_one(codec: Codec, photo: Picture, quality: float) -> None:
+    assert isinstance(codec.coder, PictureCoder)
+    plain = Codec(PictureCoder(codec.coder.network, codec.coder.device), codec.spec)
+    assert isinstance(plain.coder, PictureCoder)
+    plain.coder.transforms = plain.coder.network
+    data = codec.encode(photo, quality=quality).data
+    shown, expected = (c.decode(data).picture.pixels for c in (codec, plain))
+    assert 0 < (shown != expected).mean() < 0.15
+    assert difference(shown, expected) == 1
+    exact = plain.encode(photo, quality=quality).data
+    assert len(data) == pytest.approx(len(exact), rel=0.003)
+    assert psnr(photo.pixels, shown) == pytest.approx(psnr(photo.pixels, plain.decode(exact).picture.pixels), abs=0.01)
+
+
 def test_windows_of_the_shipped_network(codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
     data = codec.encode(photo, quality=60).data
     whole = {scale: codec.decode(data, scale=scale).picture.pixels for scale in (1, 4)}
-    monkeypatch.setattr("calotype.picture.WINDOW", 7)
+    monkeypatch.setattr("calotype.windows.WINDOW", 7)
     for scale, pixels in whole.items():
         assert difference(codec.decode(data, scale=scale).picture.pixels, pixels) <= 1
     assert len(codec.encode(photo, quality=60).data) == pytest.approx(len(data), rel=0.002)

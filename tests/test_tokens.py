@@ -263,7 +263,7 @@ def test_region_reads_only_the_packets_it_needs(vqgan: Codec, coder: TokenCoder,
 def test_windows_give_what_the_whole_gives(vqgan: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
     data = vqgan.encode(photo, quality=45).data
     tokens, whole = vqgan.tokens_of(data).indexes, vqgan.decode(data).picture.pixels
-    monkeypatch.setattr("calotype.tokens.WINDOW", 7)
+    monkeypatch.setattr("calotype.windows.WINDOW", 7)
     assert difference(vqgan.decode(data).picture.pixels, whole) <= 1
     # A latent half way between two codewords may fall to either side.
     assert (vqgan.tokenise(photo, quality=45).indexes == tokens).mean() > 0.99

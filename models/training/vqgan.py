@@ -149,19 +149,18 @@ class TokenTask(Task):
         self.model: nn.Module = self.network
         self.generator = torch.Generator().manual_seed(seed)
         self.random = random.Random(seed)
-        self.maps = self._maps([to_tensor(load_rgb(p)) for p in find_photos(recipe.train)], mirrored=True)
-        self.validation = self._maps(_validation_photos(recipe), mirrored=False)
+        self.maps = self._maps([to_tensor(load_rgb(p)) for p in find_photos(recipe.train)])
+        self.validation = self._maps(_validation_photos(recipe))
 
-    @torch.no_grad()
-    def _maps(self, photos: list[Tensor], *, mirrored: bool) -> list[list[Tensor]]:
-        """For each step of the ladder the maps [H, W] of all photographs, and of their mirror images."""
+    @torch.inference_mode()
+    def _maps(self, photos: list[Tensor]) -> list[list[Tensor]]:
+        """For each step of the ladder the maps [H, W] of all photographs."""
         self.network.eval()
         maps: list[list[Tensor]] = [[] for _ in self.network.codebooks]
         for photo in photos:
             x = photo[:, :, : photo.shape[2] // STRIDE * STRIDE, : photo.shape[3] // STRIDE * STRIDE].to(self.device)
-            for view in (x, x.flip(3)) if mirrored else (x,):
-                for number, found in enumerate(maps):
-                    found.append(self.network.analyse(view, number)[0].to(torch.int16))
+            for number, found in enumerate(maps):
+                found.append(self.network.analyse(x, number)[0].to(torch.int16))
         self.network.train()
         return maps
 
