@@ -82,6 +82,24 @@ class TokenPrior(nn.Module):
         exponents = torch.exp(-torch.arange(_EXPONENTS, dtype=torch.float64) / LOGIT_UNIT)
         self.register_buffer("exponentials", torch.round(exponents * 2**_EXPONENT_BITS).to(torch.int32))
 
+    @torch.no_grad()
+    def begin(self, codebooks: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+        """Start training from what codewords [K, D] and their counts [K] tell.
+
+        Like tokens begin with like embeddings and like logits, and logits with the logarithms of the frequencies: with
+        thousands of tokens there is too little to learn each of them from.
+        """
+        for codewords, count, embedding, head in zip(codebooks, counts, self.embeddings, self.heads, strict=True):
+            assert isinstance(embedding, QuantEmbedding)
+            assert isinstance(head, QuantConv)
+            like = codewords - codewords.mean(0)
+            like = like / like.std(0).clamp(min=1e-6).sqrt()  # between all alike and in proportion to energy
+            like = like / like.std()
+            embedding.weight.copy_(like[:, : embedding.weight.shape[1]])
+            spread = torch.linalg.qr(torch.randn(head.weight.shape[1], like.shape[1], device=like.device))[0]
+            head.weight.copy_(0.3 * (like @ spread.t())[:, :, None, None])
+            head.bias.copy_(torch.log((count + 0.5) / (count + 0.5).sum()))
+
     def _features(self, tokens: Tensor, known: Tensor, ladder_step: int, t: Tensor) -> Tensor:
         """Integers [B, hidden, H, W], of which a head makes integer logits."""
         mask = known[:, None].float()

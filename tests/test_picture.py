@@ -352,7 +352,7 @@ def test_bfloat16_moves_no_pixel_by_more_than_one(codec: Codec, photo: Picture, 
     assert difference(shown, expected) == 1
     exact = plain.encode(photo, quality=quality).data
     assert len(data) == pytest.approx(len(exact), rel=0.003)
-    assert psnr(photo.pixels, shown) == pytest.approx(psnr(photo.pixels, plain.decode(exact).picture.pixels), abs=0.01)
+    assert psnr(photo.pixels, shown) == pytest.approx(psnr(photo.pixels, plain.decode(exact).picture.pixels), abs=0.03)
 
 
 def test_windows_of_the_shipped_network(codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,12 @@ class TokenTask(Task):
         self.random = random.Random(seed)
         self.maps = self._maps([to_tensor(load_rgb(p)) for p in find_photos(recipe.train)])
         self.validation = self._maps(_validation_photos(recipe))
+        counts = [
+            torch.cat([m.flatten() for m in maps]).long().bincount(minlength=size)
+            for maps, size in zip(self.maps, self.network.config.ladder, strict=True)
+        ]
+        books = [self.network.codebook(number).codewords for number in range(len(counts))]
+        self.network.prior.begin(books, [c.to(device) for c in counts])
 
     @torch.inference_mode()
     def _maps(self, photos: list[Tensor]) -> list[list[Tensor]]:
