@@ -1,6 +1,7 @@
 """Lost packets of the token model: how much worse are pictures when a share of the packets is gone?
 
     python benchmarks/loss.py FOLDER --quality 70 --share 0.2
+    python benchmarks/loss.py samples/coffee.png --quality 90 --strip docs/images/tokens.png
 
 For each picture: PSNR and feature distance to the original without loss, with the lost tokens restored, and with the
 mean codeword in their places. The same packets are lost for both.
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from calotype.api import Codec, psnr
@@ -51,7 +53,10 @@ def variants(network: Vqgan, tokens: Tokens, known: Tensor, size: tuple[int, int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("input", type=Path, help="a folder, or a picture")
+    parser.add_argument(
+        "--strip", type=Path, help="write the original and the variants of the last picture, side by side"
+    )
     parser.add_argument("--model", default="vqgan")
     parser.add_argument("--quality", type=float, default=70)
     parser.add_argument("--packets", type=int, default=10)
@@ -63,14 +68,17 @@ def main() -> None:
     assert isinstance(network, Vqgan)
     chosen = random.Random(arguments.seed)
     rows: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-    for path in sorted(arguments.folder.iterdir()):
+    for path in sorted(arguments.input.iterdir()) if arguments.input.is_dir() else [arguments.input]:
         picture = read_picture(path)
         tokens = codec.tokenise(picture, quality=arguments.quality)
         lost = chosen.sample(range(arguments.packets), round(arguments.share * arguments.packets))
         known = ~torch.isin(interleave(*tokens.indexes.shape, arguments.packets), torch.tensor(lost))
-        for kind, pixels in variants(network, tokens, known, picture.pixels.shape[:2]).items():
+        made = variants(network, tokens, known, picture.pixels.shape[:2])
+        for kind, pixels in made.items():
             rows[kind].append((psnr(picture.pixels, pixels), features.distance(picture.pixels, pixels)))
         print(path.name, *(f"{kind} {rows[kind][-1][0]:.2f} dB {rows[kind][-1][1]:.4f}" for kind in KINDS), sep="  ")
+    if arguments.strip:
+        Image.fromarray(np.hstack([picture.pixels, *made.values()])).save(arguments.strip)
     for kind in KINDS:
         decibels, distances = (statistics.fmean(values) for values in zip(*rows[kind], strict=True))
         print(f"{kind:8}  PSNR {decibels:.2f} dB  feature distance {distances:.4f}")
