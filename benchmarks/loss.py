@@ -1,7 +1,7 @@
 """Lost packets of the token model: how much worse are pictures when a share of the packets is gone?
 
     python benchmarks/loss.py FOLDER --quality 70 --share 0.2
-    python benchmarks/loss.py samples/coffee.png --quality 90 --strip docs/images/tokens.png
+    python benchmarks/loss.py samples/coffee.png --quality 90 --strip docs/images/tokens.jpg
 
 For each picture: PSNR and feature distance to the original without loss, with the lost tokens restored, and with the
 mean codeword in their places. The same packets are lost for both.
