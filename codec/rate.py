@@ -14,6 +14,8 @@ SIZE_TOLERANCE = 0.03
 """A size or rate target is met by a file at most this much smaller, never larger."""
 PSNR_TOLERANCE = 0.1
 """dB"""
+_AROUND = (4, 9, 15, 25, 40)
+"""Steps of quality on both sides of a jump that are tried."""
 _UNITS = {"size": "bytes", "bpp": "bpp", "psnr": "dB"}
 
 
@@ -65,6 +67,14 @@ def search(target: Target, trial: Callable[[int], tuple[float, T]]) -> tuple[int
             if low == 0 and high <= QUALITY_STEPS // 4 and measure(low) > target.value:
                 break
         guess = _interpolate(target.value, low, high, {q: v for q, (v, _) in tried.items()})
+    if high - low == 1:
+        # The value jumps over the target here; since it does not always grow, it may meet it nearby.
+        for offset in _AROUND:
+            if any(good(v) for v, _ in tried.values()):
+                break
+            for quality in (low - offset, high + offset):
+                if 0 <= quality <= QUALITY_STEPS:
+                    measure(quality)
     return _choose(target, tried)
 
 

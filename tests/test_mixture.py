@@ -71,7 +71,8 @@ def test_round_trip_through_the_command_line(photo: Picture, mixture: Codec, tmp
         file, back = tmp_path / f"{quality}.clt", tmp_path / f"{quality}.png"
         source = str(Path(__file__).parent.parent / "samples" / "chelsea.png")
         arguments = ["encode", source, "-o", str(file), "-m", "mixture", "-q", str(quality)]
-        assert CliRunner().invoke(root, arguments).exit_code == 0
+        result = CliRunner().invoke(root, arguments)
+        assert result.exit_code == 0, result.output
         assert container.read_header(file.read_bytes()).model == mixture.spec.id == 3
         assert CliRunner().invoke(root, ["decode", str(file), "-o", str(back)]).exit_code == 0
         found.append((file.stat().st_size, psnr(photo.pixels, read_picture(back).pixels)))

@@ -115,6 +115,16 @@ def test_search_over_noisy_values(curve: Curve, kind: Kind, where: float, noise:
     assert trials <= MOST_TRIALS
 
 
+def test_search_looks_around_a_jump() -> None:
+    """Between 180 and 200 the value sinks to the target, which a jump below 180 has passed over."""
+
+    def value(quality: int) -> float:
+        return 30 + quality / 50 if quality < 180 else max(34.3 - (quality - 180) / 50, 34.0) if quality < 240 else 36.0
+
+    quality, _ = search(Target("psnr", 34), lambda quality: (value(quality), None))
+    assert value(quality) == pytest.approx(34, abs=PSNR_TOLERANCE)
+
+
 def test_search_is_quick_on_a_typical_curve() -> None:
     """Every trial is a whole encoding."""
     sizes = [2000 * math.exp(3.5 * q / 1000) for q in range(1001)]

@@ -282,8 +282,8 @@ def test_rollouts_decode_frames_in_turn(clips_folder: Path, tmp_path: Path) -> N
 
 
 def test_clips_that_are_too_short_or_small_are_refused(clips_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="frames"):
-        ClipTask(video_recipe(clips_folder, tmp_path, "frames=9"), CPU, seed=0)
+    with pytest.raises(ValueError, match="256 pixels"):
+        ClipTask(video_recipe(clips_folder, tmp_path, "crop=256"), CPU, seed=0)
     with pytest.raises(FileNotFoundError, match="clips"):
         find_clips(tmp_path / "nothing")
 

