@@ -56,7 +56,7 @@ def train(ctx: click.Context, *, recipe: str, overrides: tuple[str, ...], resume
             raise InputError(str(error)) from error
         result = trainer.run()
     if as_json:
-        points = [{"bpp": bpp, "psnr": psnr} for bpp, psnr in result.points]
+        points = [{"bpp": bpp, result.measure: value} for bpp, value in result.points]
         print_json("calotype.train/1", {"output": str(loaded.output), "loss": result.loss, "points": points})
 
 

@@ -32,6 +32,12 @@ MAX_PACKETS = 32
 TILE_SIZES = (256, 512, 1024, 2048, 4096)
 
 
+def payload_name(number: int, packets: int) -> str:
+    """What messages call a payload, of tiles of so many packets."""
+    tile, packet = divmod(number, packets)
+    return f"tile {tile}" if packets == 1 else f"packet {packet} of tile {tile}"
+
+
 @dataclass(frozen=True)
 class Header:
     """The fixed fields of a still picture.
@@ -103,8 +109,7 @@ class Header:
 
     def name(self, number: int) -> str:
         """What messages call the payload of this number."""
-        tile, packet = divmod(number, self.packets)
-        return f"tile {tile}" if self.packets == 1 else f"packet {packet} of tile {tile}"
+        return payload_name(number, self.packets)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calotype import symbols, windows
+from calotype.container import payload_name
 from calotype.entropy import NO_TABLES
 from calotype.errors import DriftError, FormatError, InputError, LimitError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
@@ -162,7 +163,7 @@ class TokenCoder:
         coding = self.network.code((1, *shape), step, packet, job.packets, device=self.device)
         note = job.symbols_seen
         seen = None if note is None else lambda _, run: note(number, run)
-        name = f"tile {tile}" if job.packets == 1 else f"packet {packet} of tile {tile}"
+        name = payload_name(number, job.packets)
         try:
             found = symbols.read(coding, NO_TABLES, [payload], [name], job.watch, device=self.device, seen=seen)
         except (FormatError, DriftError):

@@ -68,11 +68,25 @@ def in_bfloat16(module: M) -> M:
 
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether this processor multiplies bfloat16 itself; what the environment asks of torch and oneDNN counts."""
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def blocks(channels: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(Block(channels) for _ in range(count)))
+
+
+@torch.no_grad()
+def start_as_dct(analysis: nn.Conv2d, synthesis: nn.Conv2d, side: int, *learned: nn.Conv2d) -> None:
+    """Make a linear shortcut the DCT on `side` x `side` pixels and back, and the layers beside it start near zero."""
+    basis = dct_basis(side, analysis.out_channels)
+    analysis.weight.copy_(basis[:, :, None, None])
+    synthesis.weight.copy_(basis.t()[:, :, None, None])
+    for layer in learned:
+        nn.init.normal_(layer.weight, std=0.002)
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
 
 
 def dct_basis(side: int, count: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.models import tables
-from calotype.models.blocks import blocks, dct_basis, in_bfloat16
+from calotype.models.blocks import blocks, in_bfloat16, start_as_dct
 from calotype.models.quantizers import Modulation, base_step
 
 STRIDE = 16
@@ -76,14 +76,7 @@ class Transforms(nn.Module):
         self.dec_modulation = Modulation(c.fine)
         self.dec_step = Modulation(c.latent)
 
-        basis = dct_basis(STRIDE, c.latent)
-        with torch.no_grad():
-            self.enc_linear.weight.copy_(basis[:, :, None, None])
-            self.dec_linear.weight.copy_(basis.t()[:, :, None, None])
-        for layer in (self.enc_out, self.dec_out):
-            nn.init.normal_(layer.weight, std=0.002)
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
+        start_as_dct(self.enc_linear, self.dec_linear, STRIDE, self.enc_out, self.dec_out)
 
     @property
     def halo(self) -> int:

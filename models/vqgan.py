@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.models.blocks import blocks, dct_basis
+from calotype.models.blocks import blocks, start_as_dct
 from calotype.models.codebook import Codebook
-from calotype.models.quantizers import QUALITY_STEPS, Modulation
+from calotype.models.quantizers import Modulation
 from calotype.models.restoration import Restorer
 from calotype.models.tokens import TokenCoding, TokenPrior
+from calotype.models.zoo import ladder_step
 
 STRIDE = 16
 """Pixels per token, each way."""
@@ -84,14 +85,7 @@ class Vqgan(nn.Module):
         self.prior = TokenPrior(c.ladder)
         self.restorer = Restorer(c.codeword)
 
-        basis = dct_basis(STRIDE, c.codeword)
-        with torch.no_grad():
-            self.enc_linear.weight.copy_(basis[:, :, None, None])
-            self.dec_linear.weight.copy_(basis.t()[:, :, None, None])
-        for layer in (self.enc_out, self.dec_out):
-            nn.init.normal_(layer.weight, std=0.002)
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
+        start_as_dct(self.enc_linear, self.dec_linear, STRIDE, self.enc_out, self.dec_out)
 
     @property
     def halo(self) -> int:
@@ -102,7 +96,7 @@ class Vqgan(nn.Module):
 
     def ladder_step(self, quality: int) -> int:
         """The codebook of an integer quality in [0, QUALITY_STEPS]: equal parts of the range."""
-        return min(quality * len(self.config.ladder) // QUALITY_STEPS, len(self.config.ladder) - 1)
+        return ladder_step(quality, len(self.config.ladder))
 
     def codebook(self, ladder_step: int) -> Codebook:
         """The codebook of a step of the ladder."""

@@ -107,6 +107,11 @@ def name_of(weights: bytes) -> str | None:
 
 
 @functools.cache
+def ladder_step(quality: int, steps: int) -> int:
+    """The step of a ladder of codebooks at an integer quality in [0, 1000]: equal parts of the range."""
+    return min(quality * steps // 1000, steps - 1)
+
+
 def codebook_size(name: str, quality: int) -> int | None:
     """Codewords to choose from at a quality in [0, 1000] in a model of tokens; None in others, or if it is not here."""
     spec = describe(name)
@@ -118,7 +123,7 @@ def codebook_size(name: str, quality: int) -> int | None:
         ladder: list[int] = json.loads(json.loads(head)["__metadata__"]["config"])["ladder"]
     except (OSError, ValueError, LookupError):
         return None
-    return ladder[min(quality * len(ladder) // 1000, len(ladder) - 1)]
+    return ladder[ladder_step(quality, len(ladder))]
 
 
 @functools.cache

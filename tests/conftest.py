@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from calotype.api import Codec
+from calotype.cli import main
 from calotype.media import Picture, read_picture
 
 Pixels = npt.NDArray[np.uint8]
@@ -85,3 +90,41 @@ def photos() -> dict[str, Picture]:
     if folder:
         return read
     return {name: Picture(np.ascontiguousarray(p.pixels[60:260, 40:340])) for name, p in read.items()}
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What a command left: its exit code, and what it wrote to standard output and to standard error."""
+
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return self.json["results"]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process: loading the networks once saves seconds a test."""
+
+    def call(*args: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in args])
+        out, err = capsysbinary.readouterr()
+        code = caught.value.code
+        assert isinstance(code, int)
+        return Result(code, out, err.decode())
+
+    return call

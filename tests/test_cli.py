@@ -16,15 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Result, Run
 from PIL import Image, ImageCms
 
 import calotype
 from calotype import container
-from calotype.cli import main
 from calotype.models import zoo
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -40,35 +40,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Result(NamedTuple):
-    code: int
-    out: bytes
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process: loading the networks once saves seconds a test."""
-
-    def call(*args: object, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as caught:
-            main([str(arg) for arg in args])
-        out, err = capsysbinary.readouterr()
-        code = caught.value.code
-        assert isinstance(code, int)
-        return Result(code, out, err.decode())
-
-    return call
 
 
 def spawn(*args: object, **options: Any) -> subprocess.Popen[bytes]:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import reference_decoder
 import torch
+from conftest import Run
 from reference_mixture import MixtureDecoder
 
 from calotype import container
 from calotype.api import Codec, psnr
-from calotype.cli import main
 from calotype.entropy import Decoder, Encoder, SymbolTables
 from calotype.errors import CalotypeError, DriftError, FormatError, InputError
 from calotype.media import Picture, read_picture
@@ -63,22 +63,16 @@ def scene(network: Mixture, picture: Picture, quality: int) -> Scene:
 # Files ------------------------------------------------------------------------------------------------------------
 
 
-def run(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 0
-
-
-def test_round_trip_through_the_command_line(photo: Picture, mixture: Codec, tmp_path: Path) -> None:
+def test_round_trip_through_the_command_line(photo: Picture, mixture: Codec, tmp_path: Path, run: Run) -> None:
     """A file names its model by itself; more quality means more bytes and a better picture."""
     found = []
     for quality in (5, 35, 65):
         file, back = tmp_path / f"{quality}.clt", tmp_path / f"{quality}.png"
         source = str(Path(__file__).parent.parent / "samples" / "chelsea.png")
         arguments = ["encode", source, "-o", str(file), "-m", "mixture", "-q", str(quality)]
-        run(arguments)
+        assert run(*arguments).code == 0
         assert container.read_header(file.read_bytes()).model == mixture.spec.id == 3
-        run(["decode", str(file), "-o", str(back)])
+        assert run("decode", file, "-o", back).code == 0
         found.append((file.stat().st_size, psnr(photo.pixels, read_picture(back).pixels)))
     assert found == sorted(found)
     assert found[0][1] > 25

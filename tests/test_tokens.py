@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pytest
 import reference_decoder
 import torch
+from conftest import Run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -34,7 +35,6 @@ from test_robustness import corrupted, joined, parts_of
 
 from calotype import Tokens, api, container
 from calotype.api import Codec, Decoded, psnr
-from calotype.cli import main as command
 from calotype.entropy import NO_TABLES, Decoder, Encoder
 from calotype.errors import (
     CalotypeError,
@@ -775,32 +775,6 @@ def test_tokens_coded_together_are_those_coded_alone(coder: TokenCoder) -> None:
 
 
 # The command line -----------------------------------------------------------------------------------------------------
-
-
-class Result(NamedTuple):
-    code: int
-    out: bytes
-    err: str
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return json.loads(self.out)["results"]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*args: object, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as caught:
-            command([str(arg) for arg in args])
-        out, err = capsysbinary.readouterr()
-        assert isinstance(caught.value.code, int)
-        return Result(caught.value.code, out, err.decode())
-
-    return call
 
 
 @pytest.fixture

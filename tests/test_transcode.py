@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from conftest import Run
 from PIL import Image
 from video_clips import luma, make_clip, packets, pan, psnr, times
 
 from calotype import VideoDecoder
-from calotype.cli import main
 from calotype.errors import InputError, OutputExistsError
 from calotype.video import groups, parts
 from calotype.video.export import export_video, upright
@@ -31,33 +31,10 @@ SIZE = (160, 96)
 VARYING = [0, 400, 1024, 1025, 2048, 2560, 5000, 5512, 6024, 6536, 7048, 7560]
 
 
-class Result(NamedTuple):
-    code: int
-    out: bytes
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
-def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process: loading the networks once saves seconds a test."""
-
-    def call(*args: object, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as caught:
-            main(["--device", "cpu", *(str(arg) for arg in args)])
-        out, err = capsysbinary.readouterr()
-        code = caught.value.code
-        assert isinstance(code, int)
-        return Result(code, out, err.decode())
-
-    return call
+def run(run: Run) -> Run:
+    """As everywhere, on the CPU."""
+    return functools.partial(run, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -278,11 +278,28 @@ def test_the_prior_is_trained_on_finished_tokens(pictures: Trainer, photos: Path
     tokens = Trainer(load("vqgan-tokens", photos, tmp_path, "steps=3", f"start_from={checkpoint}"), CPU, resume=False)
     before = {name: p.detach().clone() for name, p in tokens.model.named_parameters()}
     result = tokens.run()
+    assert result.measure == "share"
     assert all(0 < share < 1.5 and math.isfinite(bpp) for bpp, share in result.points)
     moved = {name.partition(".")[0] for name, p in tokens.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"prior", "restorer"}
     reference = pictures.model.state_dict()["codebooks.4.basis"]
     assert torch.equal(tokens.model.state_dict()["codebooks.4.basis"], reference)
+
+
+@pytest.mark.parametrize("adversarial_from", ["1", "null"])
+def test_a_loss_that_means_something_else_is_no_divergence(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adversarial_from: str
+) -> None:
+    monkeypatch.setattr(vqgan_training, "SEEDS", 500)
+    monkeypatch.setattr(training, "DIVERGENCE", 1e-9)  # the second value of one phase is always too large
+    changes = ["steps=2", "log_every=1", f"adversarial_from={adversarial_from}"]
+    trainer = Trainer(load("vqgan", photos, tmp_path, *changes), CPU, resume=False)
+    if adversarial_from == "null":
+        with pytest.raises(training.TrainingDivergedError):
+            trainer.run()
+    else:
+        trainer.run()
+        assert trainer.task.phase == 1
 
 
 def test_the_log_says_what_was_trained(pictures: Trainer) -> None:

@@ -18,19 +18,23 @@ Forward = Callable[..., Any]
 
 
 class Losses(NamedTuple):
-    """Of a batch: the loss to minimise; for the log, mean bpp and mean squared error of samples in [0, 1]."""
+    """Of a batch: the loss to minimise; for the log, mean bpp and mean squared error of samples in [0, 1], if any."""
 
     loss: Tensor
     bpp: Tensor
-    mse: Tensor
+    mse: Tensor | None
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over the validation set: per quality (estimated bpp, PSNR in dB of 8 bits), and the loss."""
+    """Means over the validation set: per quality (estimated bpp, `measure`), and the loss.
+
+    The measure is PSNR in dB of 8 bits; for a prior of tokens, which draws nothing, its share of log2 K bits.
+    """
 
     points: tuple[tuple[float, float], ...]
     loss: float
+    measure: str = "psnr"
 
 
 class Task(abc.ABC):
@@ -39,6 +43,11 @@ class Task(abc.ABC):
     model: nn.Module
     stateful: Mapping[str, Any] = {}
     """What else a checkpoint must hold: objects with `state_dict` and `load_state_dict`."""
+
+    @property
+    def phase(self) -> int:
+        """Changes when the loss begins to mean something else: values of before say nothing of divergence then."""
+        return 0
 
     @abc.abstractmethod
     def losses(self, forward: Forward) -> Losses:

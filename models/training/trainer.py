@@ -116,7 +116,7 @@ class Trainer:
         bases = (r.muon_lr, r.adam_lr)
         started, base_seconds = time.monotonic(), self.seconds
         saved = started
-        sums, counted, best = torch.zeros(3), 0, math.inf
+        sums, counted, best, phase = torch.zeros(3), 0, math.inf, self.task.phase
         while self.step < r.steps:
             factor = self._learning_rate()
             for optimizer, base in zip(self.optimizers, bases, strict=True):
@@ -129,11 +129,12 @@ class Trainer:
             self.seconds = base_seconds + time.monotonic() - started
             if self.step % r.log_every == 0:
                 loss, bpp, mse = (sums / counted).tolist()
-                self._log(
-                    loss=round(loss, 5), bpp=round(bpp, 4), psnr=round(-10 * math.log10(mse), 3), lr=round(factor, 4)
-                )
+                drawn = {} if math.isnan(mse) else {"psnr": round(-10 * math.log10(mse), 3)}
+                self._log(loss=round(loss, 5), bpp=round(bpp, 4), **drawn, lr=round(factor, 4))
                 sums.zero_()
                 counted = 0
+                if self.task.phase != phase:
+                    best, phase = math.inf, self.task.phase
                 if not loss < DIVERGENCE * best:
                     raise TrainingDivergedError(
                         f"the loss rose to {loss:.3g} at step {self.step}: lower the learning rates and go on from "
@@ -162,7 +163,7 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 self.ema[name].lerp_(p, 1 - decay)
-        return loss.item(), bpp.item(), mse.item()
+        return loss.item(), bpp.item(), math.nan if mse is None else mse.item()
 
     def _validate_ema(self) -> Validation:
         current = {k: v.detach().clone() for k, v in self.model.named_parameters()}

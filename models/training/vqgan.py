@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype.models.codebook import cluster, nearest
+from calotype.models.restoration import WINDOW
 from calotype.models.tokens import PASSES, bits, interleave, ranks
 from calotype.models.training import perceptual
 from calotype.models.training.adversary import Adversary
@@ -19,7 +20,7 @@ from calotype.models.vqgan import STRIDE, Vqgan
 from calotype.models.zoo import load_parameters
 
 FEATURE_WEIGHT = 0.05
-"""From the first step on, or twice as large, it draws grids; see `Recipe.features_from`."""
+"""Twice as large, and from the first step on, it drew grids; see `Recipe.features_from`."""
 COMMITMENT = 4.0
 LADDER_WEIGHTS = (1.0, 1.5, 2.0, 2.5, 3.0)
 """How often each step of the ladder is drawn: larger codebooks have more to learn."""
@@ -27,8 +28,6 @@ LOOK = 128
 """Side of the part of a crop that the feature networks look at: they take most of the time."""
 SEEDS = 60000
 """Vectors that codebooks are clustered from."""
-MAP_SIDE = 32
-"""Side of the crops of token maps."""
 
 
 def _load(recipe: Recipe, device: torch.device) -> Vqgan:
@@ -63,6 +62,11 @@ class PictureTask(Task):
         self.adversary = Adversary(device, bf16=recipe.bf16)
         self.stateful = {"discriminator": self.adversary.network, "adversary": self.adversary.optimizer}
         self.steps = torch.arange(len(self.network.codebooks), device=device)
+
+    @property
+    def phase(self) -> int:
+        adversarial_from = self.recipe.adversarial_from
+        return (self.step > self.recipe.features_from) + (adversarial_from is not None and self.step > adversarial_from)
 
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
@@ -172,7 +176,7 @@ class TokenTask(Task):
 
     def losses(self, forward: Forward) -> Losses:
         step = self.random.randrange(len(self.maps))
-        side = MAP_SIDE // 2
+        side = WINDOW
         chosen = self.random.choices([m for m in self.maps[step] if min(m.shape) >= side], k=self.recipe.batch)
         tokens = torch.stack([self._crop(m, side) for m in chosen]).long().to(self.device)
         known, wanted = (torch.stack(m).to(self.device) for m in zip(*(self._pass(side) for _ in chosen), strict=True))
@@ -183,7 +187,7 @@ class TokenTask(Task):
         guessed = self._restoration_bits(tokens, left, step)
         size = math.log2(self.network.config.ladder[step])
         loss = (cost + guessed) / size
-        return Losses(loss, cost.detach() / STRIDE**2, torch.exp2(-guessed.detach()))
+        return Losses(loss, cost.detach() / STRIDE**2, None)
 
     def _restoration_bits(self, tokens: Tensor, known: Tensor, step: int) -> Tensor:
         """Mean bits of the lost tokens as the restorer guesses them; maps are one window wide."""
@@ -222,4 +226,4 @@ class TokenTask(Task):
                 count += tokens.numel()
             mean = total / count
             points.append((mean / STRIDE**2, mean / math.log2(self.network.config.ladder[step])))
-        return Validation(tuple(points), sum(p[1] for p in points) / len(points))
+        return Validation(tuple(points), sum(p[1] for p in points) / len(points), measure="share")
