@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from calotype.api import Codec
+    from calotype.models.zoo import Tune
 
 
 class Codecs:
-    """Codecs by model name, on one device."""
+    """Codecs by model name, on one device and of one tune."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, device: str, tune: Tune = "psnr") -> None:
+        self._device, self._tune = device, tune
         self._loaded: dict[str, Codec] = {}
         self._lock = threading.Lock()
 
@@ -23,7 +24,7 @@ class Codecs:
 
         with self._lock:
             if model not in self._loaded:
-                self._loaded[model] = Codec.load(model, device=self._device)
+                self._loaded[model] = Codec.load(model, device=self._device, tune=self._tune)
             return self._loaded[model]
 
     def of(self, data: bytes) -> Codec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,9 @@ from calotype.cli.options import (
 from calotype.cli.tokens import TokenFiles, is_tokens, model_of, read_tokens, tokens_option
 from calotype.cli.video import RAW_FORMATS, VideoDecode, decode_video, frame_range, wants_video
 
+if TYPE_CHECKING:
+    from calotype.models.zoo import Tune
+
 _FORMATS = ("png", "jpeg", "webp", "tiff", "bmp", "ppm", "npy", "avif", *RAW_FORMATS)
 _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
 
@@ -37,6 +40,13 @@ _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
     "--region", type=region_box, metavar="X,Y,W,H", help="Only this part of the picture, in pixels of the full size."
 )
 @click.option("--scale", type=click.Choice(list(_SCALES)), default="1", help="Decode smaller, and faster.")
+@click.option(
+    "--tune",
+    type=click.Choice(["psnr", "visual"]),
+    default="psnr",
+    show_default=True,
+    help="Draw the picture of least error, or one that looks sharper.",
+)
 @click.option("--frames", type=frame_range, metavar="A:B", help="Of a video, these frames only: 10:20, 10:, :20 or 10.")
 @click.option("--allow-partial", is_flag=True, help="Decode what is intact of a damaged file.")
 @click.option(
@@ -68,6 +78,7 @@ def decode(
     format_: str | None,
     region: tuple[int, int, int, int] | None,
     scale: str,
+    tune: Tune,
     frames: slice | None,
     allow_partial: bool,
     simulate_loss: float,
@@ -91,15 +102,15 @@ def decode(
 
     settings = ctx.ensure_object(Settings)
     if wants_video(inputs, format_, batch.output):
-        if region is not None or scale != "1":
-            raise click.UsageError("--region and --scale are for pictures.")
+        if region is not None or scale != "1" or tune != "psnr":
+            raise click.UsageError("--region, --scale and --tune are for pictures.")
         if tokens is not None or simulate_loss:
             raise click.UsageError("--tokens and --simulate-loss are for pictures.")
         job = VideoDecode(inputs[0], format_, frames or slice(None), allow_partial, max_pixels, batch)
         ctx.exit(decode_video(job, settings))
     if format_ in RAW_FORMATS or frames is not None:
         raise click.UsageError("--format y4m, --format rawvideo and --frames are for videos, and no input is one.")
-    codecs = Codecs(settings.device)
+    codecs = Codecs(settings.device, tune)
     limit = max_pixels or DEFAULT_MAX_PIXELS
 
     def work(task: Task, progress: Progress) -> Product:

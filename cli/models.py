@@ -13,7 +13,7 @@ from calotype.cli.console import SOME_FAILED, Settings, exit_code, print_json, s
 from calotype.cli.options import common_options, json_option
 
 if TYPE_CHECKING:
-    from calotype.models.zoo import ModelSpec
+    from calotype.models.zoo import ModelSpec, Tune
 
 _SCHEMA = "calotype.models/1"
 
@@ -24,6 +24,8 @@ def models() -> None:
 
 
 def _record(spec: ModelSpec) -> dict[str, Any]:
+    from calotype.models.zoo import TUNES
+
     return {
         "name": spec.name,
         "id": spec.id,
@@ -32,6 +34,7 @@ def _record(spec: ModelSpec) -> dict[str, Any]:
         "weights": str(spec.weights),
         "sha256": spec.sha256,
         "card": str(spec.card),
+        "tunes": list(TUNES if spec.visual else TUNES[:1]),
     }
 
 
@@ -64,7 +67,7 @@ def show(*, name: str, as_json: bool) -> None:
         print_json(_SCHEMA, {"models": [record]})
         return
     for key, value in record.items():
-        click.echo(f"{key:12}  {value}")
+        click.echo(f"{key:12}  {', '.join(value) if isinstance(value, list) else value}")
     card = Path(record["card"])
     if card.is_file():
         click.echo("\n" + card.read_text(encoding="utf-8").rstrip())
@@ -113,9 +116,16 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Photographs to which the codebooks of mixture are fitted.",
 )
+@click.option(
+    "--tune",
+    type=click.Choice(["psnr", "visual"]),
+    default="psnr",
+    show_default=True,
+    help="The whole model, or its second synthesis alone.",
+)
 @json_option
 @common_options
-def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | None, as_json: bool) -> None:
+def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | None, tune: Tune, as_json: bool) -> None:
     """Turn a training CHECKPOINT into shippable weights called NAME."""
     from calotype.errors import InputError, ModelNotFoundError
 
@@ -126,11 +136,11 @@ def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | N
 
     folder = folder or WEIGHTS
     try:
-        written = export_weights(checkpoint, name, folder, photos)
+        written = export_weights(checkpoint, name, folder, photos, tune)
     except LookupError as error:
         raise ModelNotFoundError(f"{name} is not a model of the index in {folder}: add it there first") from error
     except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"{error}: use --photos") from error
+        raise InputError(str(error)) from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(f"{checkpoint} is not a checkpoint of {name}") from error
     if as_json:

@@ -123,14 +123,14 @@ _LOADING = threading.Lock()
 
 
 @functools.cache
-def _coder(name: str, device: str) -> PictureCoder | TokenCoder:
+def _coder(name: str, device: str, tune: zoo.Tune) -> PictureCoder | TokenCoder:
     from calotype.models.vqgan import Vqgan
     from calotype.picture import PictureCoder, StillModel
     from calotype.tokens import TokenCoder
 
     chosen = pick_device(device)
     try:
-        network = zoo.load(name, str(chosen))
+        network = zoo.load(name, str(chosen), tune)
     except zoo.WeightsError as error:
         raise ModelNotFoundError(str(error)) from error
     if isinstance(network, Vqgan):
@@ -143,14 +143,23 @@ def _coder(name: str, device: str) -> PictureCoder | TokenCoder:
 class Codec:
     """A model on a device: encodes and decodes pictures. Threads may share one."""
 
-    def __init__(self, coder: PictureCoder | TokenCoder, spec: zoo.ModelSpec) -> None:
-        self.coder, self.spec = coder, spec
+    def __init__(self, coder: PictureCoder | TokenCoder, spec: zoo.ModelSpec, tune: zoo.Tune = "psnr") -> None:
+        self.coder, self.spec, self.tune = coder, spec, tune
 
     @classmethod
-    def load(cls, model: str = DEFAULT_MODEL, *, device: str = "auto") -> Codec:
-        """Load shipped weights (cached). Raises ModelNotFoundError, InputError for a device that is not here."""
+    def load(cls, model: str = DEFAULT_MODEL, *, device: str = "auto", tune: zoo.Tune = "psnr") -> Codec:
+        """Load shipped weights (cached).
+
+        Args:
+            tune: what decoding draws: "psnr" the picture of least error, "visual" one that looks sharper and more
+                natural, and is farther from the original in numbers. The files are the same.
+        Raises:
+            ModelNotFoundError for an unknown model, or one without that tune, InputError for a device that is not here.
+        """
+        if tune not in zoo.TUNES:
+            raise InputError(f"unknown tune {tune!r}: use {' or '.join(zoo.TUNES)}")
         with _LOADING:
-            return cls(_coder(model, device), globals()["model"](model))
+            return cls(_coder(model, device, tune), globals()["model"](model), tune)
 
     def encode(
         self,
@@ -407,7 +416,7 @@ class Codec:
                 f"the file needs weights {header.weights.hex()} (model {header.model}), which are not installed: "
                 "use the Calotype version that wrote it"
             )
-        return Codec.load(name, device=str(self.coder.device))
+        return Codec.load(name, device=str(self.coder.device), tune=self.tune)
 
     def _pixels(
         self, job: DecodeJob, header: Header, area: Box, scale: int = 1, progress: Progress | None = None
@@ -628,11 +637,13 @@ def encode(image: Any, *, model: str = DEFAULT_MODEL, device: str = "auto", **op
     return Codec.load(model, device=device).encode(as_picture(image), **options).data
 
 
-def decode(data: bytes | memoryview, *, device: str = "auto", **options: Any) -> npt.NDArray[np.uint8]:
-    """Decode to [H, W, C] uint8, alpha as the last channel if there is one; options as `Codec.decode`."""
+def decode(
+    data: bytes | memoryview, *, device: str = "auto", tune: zoo.Tune = "psnr", **options: Any
+) -> npt.NDArray[np.uint8]:
+    """Decode to [H, W, C] uint8, alpha as the last channel if there is one; options as `Codec.decode` and `load`."""
     header = container.read_header(data)
     name = zoo.name_of(header.weights) or DEFAULT_MODEL
-    picture = Codec.load(name, device=device).decode(data, **options).picture
+    picture = Codec.load(name, device=device, tune=tune).decode(data, **options).picture
     return picture.pixels if picture.alpha is None else np.dstack([picture.pixels, picture.alpha])
 
 

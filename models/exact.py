@@ -3,8 +3,8 @@
 Activations are integers in [-127, 127] carried in float32 tensors, weights are int8, so a sum of products stays below
 2^24 and is exact in *any* order of summation: every processor, library, thread count and batch size gives the same
 integer, and so do products of int8 with sums in int32. The rescaling to the next layer is one float64 multiplication by
-a float32 number (24 + 24 bits < 53: exact) and a floor. There is no exp, no division and no convolution algorithm that
-may transform its inputs (Winograd, FFT).
+a float32 number (24 + 24 bits < 53: exact; a fused addition of 1/2 rounds the same sum once) and a floor. There is no
+exp, no division and no convolution algorithm that may transform its inputs (Winograd, FFT).
 
 A layer lives twice with the same call signature, so that a network is written once:
 
@@ -203,6 +203,46 @@ def _products(x: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(x, weight.t())
 
 
+def _convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise sums over [B, H, W, C] by the library's convolution."""
+    kernel = weight.shape[1]
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight[:, None], padding=kernel // 2, groups=len(weight))
+    return out.permute(0, 2, 3, 1)
+
+
+def _by_taps(x: Tensor, weight: Tensor, rows: int) -> Iterator[Tensor]:
+    """The same sums in strips of `rows`, one tap of the kernel at a time."""
+    height, width = x.shape[1:3]
+    kernel = weight.shape[1]
+    padded = F.pad(x, (0, 0, *(kernel // 2,) * 4))
+    taps = weight.flatten(1).t().contiguous().unbind()
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        sums = torch.zeros_like(x[:, top:bottom])
+        for number, tap in enumerate(taps):
+            i, j = divmod(number, kernel)
+            sums.addcmul_(padded[:, top + i : bottom + i, j : j + width], tap)
+        yield sums
+
+
+@functools.cache
+def _convolution_is_exact(channels: int, kernel: int) -> bool:
+    """Whether a depthwise convolution in float32 is fast here, and proved exact.
+
+    It is in oneDNN, which torch asks for direct convolution: sums of products. Algorithms that transform their inputs
+    would show in numbers of all sizes.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight = (
+        torch.arange(math.prod(shape)).mul(7919).remainder(2 * LIMIT + 1).sub(LIMIT).float().view(shape)
+        for shape in ((2, 23, 37, channels), (channels, kernel, kernel))
+    )
+    x[0, ::3], x[0, 1::3], weight[::3], weight[1::3] = LIMIT, -LIMIT, LIMIT, -LIMIT
+    (exact,) = _by_taps(x, weight, x.shape[1])
+    return torch.equal(_convolution(x, weight), exact) and torch.equal(_convolution(x[:1], weight), exact[:1])
+
+
 class IntConv(nn.Module):
     """The exported form of `QuantConv`: out = clamp(floor(leaky(W x + b) * m + 1/2)), exact everywhere."""
 
@@ -229,34 +269,27 @@ class IntConv(nn.Module):
         height, width = x.shape[2:]
         bias = (self.bias[t] if self.bias.shape[0] > 1 else self.bias)[:, None]
         multiplier = self.multiplier.double()
+        half = multiplier.new_full((), 0.5)
         strips = []
         for sums in self._sums(x.permute(0, 2, 3, 1)):
             out = sums.double().add_(bias)
             if self.leaky:
                 F.leaky_relu_(out, 0.125)
-            out = out.mul_(multiplier).add_(0.5).floor_().float()
+            out = torch.addcmul(half, out, multiplier, out=out).floor_().float()
             strips.append(out if self.head else out.clamp_(-LIMIT, LIMIT))
         whole = torch.cat(strips, 1) if len(strips) > 1 else strips[0]
         return whole.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     def _sums(self, x: Tensor) -> Iterator[Tensor]:
         """Sums of products over [B, H, W, C], in strips of positions that stay in a processor's cache: [B, n, C]."""
-        _, height, width, _ = x.shape
         room = x.numel() + 1 if x.is_cuda else _STRIP // self.weight.shape[0]
         if not self.depthwise:
             for strip in x.flatten(1, 2).split(room, 1):
                 yield _products(strip, self.weight)
-            return
-        pad, rows = self.kernel // 2, max(1, room // width)
-        padded = F.pad(x, (0, 0, pad, pad, pad, pad))
-        taps = self.weight.flatten(1).t().contiguous().unbind()
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            sums = torch.zeros_like(x[:, top:bottom])
-            for number, tap in enumerate(taps):
-                i, j = divmod(number, self.kernel)
-                sums.addcmul_(padded[:, top + i : bottom + i, j : j + width], tap)
-            yield sums.flatten(1, 2)
+        elif not x.is_cuda and _convolution_is_exact(*self.weight.shape[:2]):
+            yield from _convolution(x, self.weight).flatten(1, 2).split(room, 1)
+        else:
+            yield from (strip.flatten(1, 2) for strip in _by_taps(x, self.weight, max(1, room // x.shape[2])))
 
 
 class QuantEmbedding(nn.Module):

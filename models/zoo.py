@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
     from calotype.models.video import Video
     from calotype.models.vqgan import Vqgan
 
+Tune = Literal["psnr", "visual"]
+"""What pictures are drawn for: least error, or how they look. Both come from the same latents."""
+TUNES: tuple[Tune, ...] = get_args(Tune)
 WEIGHTS = Path(__file__).parent / "weights"
 CARDS = Path(__file__).parent / "cards"
 INDEX = "index.json"
+SYNTHESIS = "dec_"
+"""Names of what draws pictures from latents begin so."""
 
 
 class WeightsError(LookupError):
@@ -33,8 +38,22 @@ class WeightsError(LookupError):
 
 
 @dataclass(frozen=True)
+class Synthesis:
+    """Weights for drawing that replace those of a model."""
+
+    weights: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A shipped model; `id` is its number in file headers, `architecture` the network that the weights fill."""
+    """A shipped model.
+
+    Attributes:
+        id: number in file headers.
+        architecture: the network that the weights fill.
+        visual: a second synthesis, for how pictures look, if there is one.
+    """
 
     name: str
     id: int
@@ -43,6 +62,7 @@ class ModelSpec:
     weights: Path
     sha256: str
     card: Path
+    visual: Synthesis | None
 
 
 def _hyperprior(config: Mapping[str, Any]) -> Hyperprior:
@@ -131,35 +151,39 @@ def _index() -> dict[str, ModelSpec]:
     entries = json.loads((WEIGHTS / INDEX).read_text(encoding="utf-8"))
     return {
         name: ModelSpec(
-            name, e["id"], e["architecture"], e["summary"], WEIGHTS / e["file"], e["sha256"], CARDS / f"{name}.md"
+            name, e["id"], e["architecture"], e["summary"], WEIGHTS / e["file"], e["sha256"], CARDS / f"{name}.md",
+            Synthesis(WEIGHTS / e["visual"]["file"], e["visual"]["sha256"]) if "visual" in e else None,
         )
         for name, e in entries.items()
-    }
+    }  # fmt: skip
 
 
-def _read_verified(spec: ModelSpec) -> bytes:
+def _read_verified(name: str, path: Path, sha256: str) -> bytes:
     try:
-        data = spec.weights.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise WeightsError(f"the weights of {spec.name} cannot be read: {error}; reinstall calotype") from error
+        raise WeightsError(f"the weights of {name} cannot be read: {error}; reinstall calotype") from error
     found = hashlib.sha256(data).hexdigest()
-    if found != spec.sha256:
+    if found != sha256:
         raise WeightsError(
-            f"the weights of {spec.name} have SHA-256 {found[:16]}…, expected {spec.sha256[:16]}…: reinstall calotype"
+            f"the weights of {name} have SHA-256 {found[:16]}…, expected {sha256[:16]}…: reinstall calotype"
         )
     return data
 
 
 def verify_weights(name: str) -> None:
-    """Check the SHA-256 of a model's weights. Raises WeightsError if they are missing or differ."""
-    _read_verified(describe(name))
+    """Check the SHA-256 of all weights of a model. Raises WeightsError if they are missing or differ."""
+    spec = describe(name)
+    _read_verified(name, spec.weights, spec.sha256)
+    if spec.visual is not None:
+        _read_verified(name, spec.visual.weights, spec.visual.sha256)
 
 
 @functools.cache
-def load(name: str, device: str = "cpu") -> nn.Module:
+def load(name: str, device: str = "cpu", tune: Tune = "psnr") -> nn.Module:
     """The network of a shipped model, of the class that its architecture names, ready to code on `device`.
 
-    Raises WeightsError.
+    Raises WeightsError, also for a tune that the model does not have.
     """
     import torch
     from safetensors.torch import load as load_tensors
@@ -167,11 +191,15 @@ def load(name: str, device: str = "cpu") -> nn.Module:
     from calotype.models.exact import integerise
 
     spec = describe(name)
-    data = _read_verified(spec)
+    data = _read_verified(name, spec.weights, spec.sha256)
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     network = integerise(architecture(spec.architecture, json.loads(metadata["config"])))
     tensors = load_tensors(data)
+    if tune == "visual":
+        if spec.visual is None:
+            raise WeightsError(f"the model {name} draws pictures in one way only: leave out the tune")
+        tensors |= load_tensors(_read_verified(name, spec.visual.weights, spec.visual.sha256))
     own = network.state_dict()
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     network = network.to(memory_format=layout(torch.device(device)))  # type: ignore[call-overload]
@@ -191,22 +219,44 @@ def layout(device: torch.device) -> torch.memory_format:
 
 
 def save(network: Hyperprior | Mixture | Video | Vqgan, path: Path) -> str:
-    """Write the shipped form of a trained network: float16 transforms, integer entropy layers. Returns the SHA-256."""
-    import torch
+    """Write the shipped form of a trained network: float transforms, integer entropy layers. Returns the SHA-256."""
     from safetensors.torch import save as save_tensors
 
+    data = save_tensors(shipped(network), {"config": json.dumps(asdict(network.config), sort_keys=True)})
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def save_synthesis(network: Hyperprior, path: Path) -> str:
+    """Write only what a trained network draws pictures with, as `save` would. Returns the SHA-256."""
+    from safetensors.torch import save as save_tensors
+
+    data = save_tensors({key: value for key, value in shipped(network).items() if key.startswith(SYNTHESIS)})
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def shipped(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a trained network in their shipped form.
+
+    Floats are float16, but those of residual blocks bfloat16, in which processors may multiply them.
+    """
+    import torch
+
+    from calotype.models.blocks import Block
     from calotype.models.exact import integerise
 
+    in_blocks = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Block))
     tensors = {}
     for key, value in integerise(network).state_dict().items():
         if key.startswith("prior."):
             kind = {"weight": torch.int8, "bias": torch.int32}.get(key.rpartition(".")[2], value.dtype)
+        elif value.is_floating_point():
+            kind = torch.bfloat16 if key.startswith(in_blocks) else torch.float16
         else:
-            kind = torch.float16 if value.is_floating_point() else value.dtype
+            kind = value.dtype
         tensors[key] = value.to(kind).contiguous()
-    data = save_tensors(tensors, {"config": json.dumps(asdict(network.config), sort_keys=True)})
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    return tensors
 
 
 def load_parameters(network: nn.Module, path: Path) -> int:

@@ -307,6 +307,14 @@ def test_bad_options(tmp_path: Path, run: Run, options: Sequence[str]) -> None:
     assert tree(tmp_path) == ["a.png"]
 
 
+def test_tune(tmp_path: Path, encoded: Path, run: Run) -> None:
+    for tune in ("psnr", "visual"):
+        assert run("decode", encoded, "-o", tmp_path / f"{tune}.png", "--tune", tune).code == 0
+    assert (pixels(tmp_path / "psnr.png") != pixels(tmp_path / "visual.png")).any()
+    listed = json.loads(run("models", "show", "hyperprior", "--json").out)["models"]
+    assert [model["tunes"] for model in listed] == [["psnr", "visual"]]
+
+
 def test_region_and_scale(tmp_path: Path, encoded: Path, run: Run) -> None:
     def decoded(*options: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         assert run("decode", encoded, "-f", "-o", tmp_path / "b.png", *options).code == 0

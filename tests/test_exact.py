@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calotype.api import Codec
 from calotype.media import Picture
+from calotype.models import exact as layers
 from calotype.models.exact import (
     LEVELS,
     LIMIT,
@@ -144,6 +145,28 @@ def test_int8_products_are_used_only_where_they_are_exact() -> None:
             assert (got == x @ weight.T).all()
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_convolutions_are_used_only_where_they_are_exact(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that transforms its inputs, and so rounds, is found out; by taps the sums are the same as ever."""
+    layer = random_layer(5, 21, 21, kernel, leaky=True, head=True, levels=1)
+    x = torch.from_numpy(np.random.default_rng(4).integers(-LIMIT, LIMIT + 1, (2, 21, 13, 9))).float()
+    level = torch.zeros(2, dtype=torch.long)
+    expected = exact_output(layer, x.numpy().astype(np.int64), level.numpy())
+    assert (layer(x, level).numpy() == expected).all()
+
+    def transformed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        (sums,) = layers._by_taps(x, weight, x.shape[1])
+        return sums * (1 + 2**-20)
+
+    monkeypatch.setattr(layers, "_convolution", transformed)
+    layers._convolution_is_exact.cache_clear()
+    try:
+        assert not layers._convolution_is_exact(21, kernel)
+        assert (layer(x, level).numpy() == expected).all()
+    finally:
+        layers._convolution_is_exact.cache_clear()
+
+
 def trained_like(seed: int, inputs: int, outputs: int, kernel: int, **options: Any) -> QuantConv:
     torch.manual_seed(seed)
     layer = QuantConv(inputs, outputs, kernel, **options)
@@ -201,11 +224,13 @@ def test_integerise_replaces_every_layer_and_leaves_the_original() -> None:
 
 # The whole path ---------------------------------------------------------------------------------------------------
 
-ARITHMETIC = "_int_mm abs add add_ addcmul_ clamp clamp_ eq floor_ leaky_relu_ matmul mul_ remainder sign"
+ARITHMETIC = (
+    "_int_mm abs add add_ addcmul addcmul_ clamp clamp_ conv2d eq floor_ leaky_relu_ matmul mul_ remainder sign"
+)
 MOVES = (
     "_to_copy _unsafe_view alias arange cat chunk clone contiguous copy_ expand flatten index index_put_ index_select "
-    "new_zeros nonzero pad permute reshape select slice split t to transpose unbind unflatten unsqueeze view zeros "
-    "zeros_like"
+    "new_full new_zeros nonzero pad permute reshape select slice split t to transpose unbind unflatten unsqueeze view "
+    "zeros zeros_like"
 )
 ALLOWED = frozenset(f"{ARITHMETIC} {MOVES}".split())
 """Operations that keep integers integers; on float64 they are the rescaling, which `floor_` ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,13 @@ from torch import nn
 
 from calotype import container
 from calotype.api import Codec, decode, encode, psnr
-from calotype.errors import FormatError, InputError
+from calotype.errors import FormatError, InputError, ModelNotFoundError
 from calotype.media import Picture
 from calotype.models.blocks import Block, bfloat16_is_fast
 from calotype.models.exact import integerise
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Coding
+from calotype.models.training import perceptual
 from calotype.models.transforms import STRIDE
 from calotype.picture import DecodeJob, PictureCoder
 from calotype.stopwatch import Stopwatch
@@ -337,6 +339,29 @@ def test_windows_give_what_the_whole_gives(synthetic: Make, monkeypatch: pytest.
     monkeypatch.setattr(Hyperprior, "halo", spreading.network.halo - 1)
     assert (spreading.pixels() != whole[1]).mean() > 1e-4
     assert (spreading.latents() - latents).abs().max() > 1e-4
+
+
+def test_one_file_is_drawn_in_two_ways(codec: Codec, photo: Picture) -> None:
+    """The visual one is farther from the original in numbers, and nearer in what networks see."""
+    visual = Codec.load(device="cpu", tune="visual")
+    data = codec.encode(photo, quality=20).data
+    assert visual.encode(photo, quality=20).data == data
+    assert visual.symbol_hash(data) == codec.symbol_hash(data)
+    plain, drawn = (c.decode(data).picture.pixels for c in (codec, visual))
+    lost = psnr(photo.pixels, plain) - psnr(photo.pixels, drawn)
+    assert 0 < lost < 2.5
+    original, plain, drawn = (
+        torch.from_numpy(p).permute(2, 0, 1)[None] / 255 - 0.5 for p in (photo.pixels, plain, drawn)
+    )
+    seen = [perceptual.distance(perceptual.features(original), perceptual.features(x)).item() for x in (plain, drawn)]
+    assert seen[1] < 0.9 * seen[0]
+    assert (decode(data, device="cpu", tune="visual") == visual.decode(data).picture.pixels).all()
+
+
+@pytest.mark.parametrize(("model", "tune"), [("mixture", "visual"), ("hyperprior", "pretty")])
+def test_unknown_tunes_are_refused(model: str, tune: Any) -> None:
+    with pytest.raises((ModelNotFoundError, InputError), match="tune"):
+        Codec.load(model, device="cpu", tune=tune)
 
 
 @pytest.mark.skipif(not bfloat16_is_fast(torch.device("cpu")), reason="this processor has no bfloat16 products")

@@ -86,6 +86,7 @@ def test_bad_effort(codec: Codec, fur: Picture, effort: int, tmp_path: Path) -> 
 
 
 def test_effort_can_be_measured(fur: Picture, tmp_path: Path) -> None:
+    assert parse_spec("calotype:hyperprior+visual@7:q50+60").open().describe(50).count("tune=visual") == 1
     spec = parse_spec("calotype:hyperprior@7:q50+60")
     assert spec.name == "calotype:hyperprior@7"
     measured = spec.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from conftest import synthesise
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from video_clips import make_clip, pan
 
 from calotype import container
@@ -172,6 +174,35 @@ def test_exported_weights_code_pictures(
     assert isinstance(layer, QuantConv)
     assert isinstance(shipped, IntConv)
     assert torch.equal(layer.export().weight, shipped.weight)
+
+
+def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp_path: Path) -> None:
+    """Latents and rates stay those of the weights it started from; other weights cannot get it."""
+    start = f"start_from={codec.spec.weights}"
+    made = recipe(photos_folder, tmp_path, "stage=visual", "adversarial_from=1", "warmup_steps=1", start)
+    trainer = Trainer(made, CPU, resume=False)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    discriminator = {name: p.detach().clone() for name, p in trainer.task.stateful["discriminator"].named_parameters()}
+    trainer.run()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.startswith(zoo.SYNTHESIS)), name
+    for name, parameter in trainer.task.stateful["discriminator"].named_parameters():
+        assert not torch.equal(parameter, discriminator[name]), name
+
+    shutil.copytree(zoo.WEIGHTS, tmp_path / "weights")
+    path = export_weights(tmp_path / CHECKPOINT, "hyperprior", tmp_path / "weights", tune="visual")
+    kept, drawn = load_file(codec.spec.weights), load_file(path)
+    assert drawn.keys() == {key for key in kept if key.startswith(zoo.SYNTHESIS)}
+    assert any(not torch.equal(value, kept[key]) for key, value in drawn.items())
+    index = json.loads((tmp_path / "weights" / zoo.INDEX).read_text())
+    assert index["hyperprior"]["visual"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    state["ema"]["enc_out.bias"][0] += 1
+    torch.save(state, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="other weights"):
+        export_weights(tmp_path / CHECKPOINT, "hyperprior", tmp_path / "weights", tune="visual")
+    with pytest.raises(ValueError, match="start_from"):
+        Trainer(recipe(photos_folder, tmp_path / "b", "stage=visual"), CPU, resume=False)
 
 
 def test_start_from_takes_over_parameters(finished: tuple[Trainer, Path], photos_folder: Path, tmp_path: Path) -> None:

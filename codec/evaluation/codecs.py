@@ -125,7 +125,7 @@ FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         Family("calotype", "this project", _Q, (5, 17, 29, 41, 53, 65, 77, 89), "hyperprior",
-               "a model's name, or NAME@EFFORT", CalotypeCodec, lambda: None, learned=True),
+               "NAME[+TUNE][@EFFORT] of a model", CalotypeCodec, lambda: None, learned=True),
         Family("jpeg", "JPEG, optimised Huffman tables", _Q, (6, 12, 20, 30, 45, 60, 75, 86), "420", "420 or 444",
                open_jpeg, lacks("jpg")),
         Family("webp", "WebP, lossy", _Q, (0, 8, 20, 35, 50, 65, 78, 86), "6", "method 0-6", open_webp,

@@ -205,25 +205,26 @@ class VvcCodec(StillCodec):
 
 
 class CalotypeCodec(StillCodec):
-    """A model of Calotype, NAME or NAME@EFFORT; the setting is its quality, 0 to 100."""
+    """A model of Calotype, NAME[+TUNE][@EFFORT]; the setting is its quality, 0 to 100."""
 
     suffix = ".clt"
 
     def __init__(self, variant: str, device: str, threads: int) -> None:
         from calotype.api import DEFAULT_EFFORT, EFFORTS, Codec
-        from calotype.models import zoo
 
-        model, _, effort = variant.partition("@")
+        looks, _, effort = variant.partition("@")
+        model, _, tune = looks.partition("+")
         if effort and effort not in map(str, EFFORTS):
             raise InputError(f"effort must be one of {', '.join(map(str, EFFORTS))}, got {effort!r}")
         self.effort = int(effort or DEFAULT_EFFORT)
         self.model, self.where = model, f"{device}, {threads} thread{'s' if threads > 1 else ''}"
-        self.weights = zoo.describe(model).sha256
-        self.codec = Codec.load(model, device=device)
+        self.codec = Codec.load(model, device=device, tune=tune or "psnr")  # type: ignore[arg-type]
+        spec = self.codec.spec
+        self.weights = spec.visual.sha256 if tune == "visual" and spec.visual else spec.sha256
 
     def describe(self, setting: float) -> str:
         version = importlib.metadata.version("calotype")
-        options = f"quality={setting:g}, effort={self.effort}"
+        options = f"quality={setting:g}, effort={self.effort}, tune={self.codec.tune}"
         return f"calotype {version}: model {self.model}, {options}, weights sha256 {self.weights}, {self.where}"
 
     def encode(self, pixels: Pixels, setting: float, path: Path) -> Seconds:

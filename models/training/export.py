@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
@@ -13,20 +16,38 @@ from calotype.models.video import Video
 from calotype.models.vqgan import Vqgan
 
 
-def export_weights(checkpoint: Path, name: str, folder: Path = zoo.WEIGHTS, photos: Path | None = None) -> Path:
+def export_weights(
+    checkpoint: Path, name: str, folder: Path = zoo.WEIGHTS, photos: Path | None = None, tune: zoo.Tune = "psnr"
+) -> Path:
     """Write the averaged weights of `checkpoint` as NAME.safetensors into `folder` and update its index.
 
-    The model must be listed in the folder's index already (its id never changes). `photos` is a folder of photographs
-    on which a model with codebooks fits them. Returns the weights' path. Raises ValueError if that needs photographs.
+    The model must be listed in the folder's index already (its id never changes).
+
+    Args:
+        photos: a folder of photographs on which a model with codebooks fits them.
+        tune: `visual` for the synthesis alone, NAME-visual.safetensors, of a model that is in the folder.
+    Returns:
+        The weights' path.
+    Raises:
+        ValueError: if photographs are needed, or the synthesis was trained for other weights.
     """
     index_path = folder / zoo.INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
     network = zoo.architecture(index[name]["architecture"])
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
+    if tune == "visual":
+        assert isinstance(network, Hyperprior)
+        own, there = zoo.shipped(network), load_file(folder / index[name]["file"])
+        if any(not torch.equal(value, there[key]) for key, value in own.items() if key.startswith("enc_")):
+            raise ValueError(f"the synthesis in {checkpoint} was trained for other weights than those of {name}")
+        path = folder / f"{name}-visual.safetensors"
+        index[name]["visual"] = {"file": path.name, "sha256": zoo.save_synthesis(network, path)}
+        index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return path
     if isinstance(network, Mixture):
         if photos is None:
-            raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs")
+            raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of them (--photos)")
         codebooks.fit(network, photos)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.recipe import Recipe
@@ -13,6 +13,14 @@ from calotype.models.training.tasks import Forward, Losses, Task, Validation, lo
 from calotype.models.zoo import architecture, load_parameters
 
 VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+
+
+def validation_photos(recipe: Recipe) -> list[Tensor]:
+    """[1, 3, H, W] each, with sides cut to multiples of 64."""
+    photos = find_photos(recipe.validation)
+    stride = max(1, len(photos) // recipe.validation_items)
+    tensors = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_items]]
+    return [x[:, :, : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64] for x in tensors]
 
 
 class PhotoTask(Task):
@@ -24,9 +32,7 @@ class PhotoTask(Task):
         if recipe.start_from is not None:
             load_parameters(self.model, recipe.start_from)
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
-        photos = find_photos(recipe.validation)
-        stride = max(1, len(photos) // recipe.validation_items)
-        self.photos = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_items]]
+        self.photos = validation_photos(recipe)
 
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
@@ -40,13 +46,13 @@ class PhotoTask(Task):
 
     @torch.no_grad()
     def validate(self) -> Validation:
-        """Estimated rate and 8-bit PSNR of the validation photographs; their sides are cut to multiples of 64."""
+        """Estimated rate and 8-bit PSNR of the validation photographs."""
         points, losses = [], []
         for quality in VALIDATION_QUALITIES:
             t = torch.tensor([quality], device=self.device)
             rates, psnrs = [], []
             for photo in self.photos:
-                x = photo[:, :, : photo.shape[2] // 64 * 64, : photo.shape[3] // 64 * 64].to(self.device)
+                x = photo.to(self.device)
                 out = self.model(x, t)
                 decoded = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
                 mse = (decoded - x).square().mean()

@@ -47,8 +47,9 @@ class Recipe(BaseModel):
     """Photographs or clips that are looked at."""
     frames: int = Field(8, gt=1)
     """Length of a rollout of the video model, with its key frame."""
-    stage: Literal["pictures", "tokens"] = "pictures"
-    """Of the token model: its transforms and codebooks, or then its prior and the restoration of lost tokens."""
+    stage: Literal["pictures", "tokens", "visual"] = "pictures"
+    """`tokens`, of the token model: after its transforms and codebooks, its prior and the restoration of lost tokens.
+    `visual`, of the image model: after all of it, a second synthesis, for how pictures look."""
     features_from: int = Field(0, ge=0)
     """Step from which the token model is trained for features of pictures, too, and not for absolute error alone."""
     adversarial_from: int | None = None

@@ -71,8 +71,11 @@ def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Tas
     """
     from calotype.models.training.photos import PhotoTask
     from calotype.models.training.video import ClipTask
+    from calotype.models.training.visual import VisualTask
     from calotype.models.training.vqgan import PictureTask, TokenTask
 
     if recipe.model == "vqgan":
         return TokenTask(recipe, device, seed) if recipe.stage == "tokens" else PictureTask(recipe, device, seed, step)
+    if recipe.stage == "visual":
+        return VisualTask(recipe, device, seed, step)
     return ClipTask(recipe, device, seed) if recipe.model == "video" else PhotoTask(recipe, device, seed)

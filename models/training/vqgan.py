@@ -14,6 +14,7 @@ from calotype.models.tokens import PASSES, bits, interleave, ranks
 from calotype.models.training import perceptual
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
+from calotype.models.training.photos import validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
 from calotype.models.vqgan import STRIDE, Vqgan
@@ -37,13 +38,6 @@ def _load(recipe: Recipe, device: torch.device) -> Vqgan:
     return network
 
 
-def _validation_photos(recipe: Recipe) -> list[Tensor]:
-    photos = find_photos(recipe.validation)
-    stride = max(1, len(photos) // recipe.validation_items)
-    tensors = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_items]]
-    return [x[:, :, : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64] for x in tensors]
-
-
 class PictureTask(Task):
     """Transforms and codebooks of `vqgan`: L1, features, commitment, and a discriminator. See `tasks.Task`.
 
@@ -58,7 +52,7 @@ class PictureTask(Task):
         self.model: nn.Module = self.network
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
         self.random = random.Random(seed)
-        self.photos = _validation_photos(recipe)
+        self.photos = validation_photos(recipe)
         self.adversary = Adversary(device, bf16=recipe.bf16)
         self.stateful = {"discriminator": self.adversary.network, "adversary": self.adversary.optimizer}
         self.steps = torch.arange(len(self.network.codebooks), device=device)
@@ -154,7 +148,7 @@ class TokenTask(Task):
         self.generator = torch.Generator().manual_seed(seed)
         self.random = random.Random(seed)
         self.maps = self._maps([to_tensor(load_rgb(p)) for p in find_photos(recipe.train)])
-        self.validation = self._maps(_validation_photos(recipe))
+        self.validation = self._maps(validation_photos(recipe))
         counts = [
             torch.cat([m.flatten() for m in maps]).long().bincount(minlength=size)
             for maps, size in zip(self.maps, self.network.config.ladder, strict=True)

@@ -1,0 +1,91 @@
+"""Training of a second synthesis for the same latents: pictures that look right instead of those of least error."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from torch import nn
+
+from calotype.models.quantizers import lagrangian
+from calotype.models.training import perceptual
+from calotype.models.training.adversary import Adversary
+from calotype.models.training.data import RandomCrops
+from calotype.models.training.photos import VALIDATION_QUALITIES, validation_photos
+from calotype.models.training.recipe import Recipe
+from calotype.models.training.tasks import Forward, Losses, Task, Validation
+from calotype.models.zoo import SYNTHESIS, architecture, load_parameters
+
+FEATURE_WEIGHT = 0.15
+"""Of the feature distance against squared error that is weighted by rate: its gradient is 7 times as long at quality 5,
+twice at 20, as long at 60."""
+LOOK = 128
+"""Side of the part of a crop that the feature networks look at: they take most of the time."""
+
+
+class VisualTask(Task):
+    """The synthesis of `hyperprior` for features and against a discriminator; all else stays. See `tasks.Task`."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, seed: int, step: int) -> None:
+        if recipe.start_from is None:
+            raise ValueError("a second synthesis needs finished weights: set start_from")
+        self.recipe, self.device, self.step = recipe, device, step
+        self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        load_parameters(self.model, recipe.start_from)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith(SYNTHESIS))
+        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
+        self.random = random.Random(seed)
+        self.photos = validation_photos(recipe)
+        self.adversary = Adversary(device, bf16=recipe.bf16)
+        self.stateful = {"discriminator": self.adversary.network, "adversary": self.adversary.optimizer}
+
+    @property
+    def phase(self) -> int:
+        return int(self.recipe.adversarial_from is not None and self.step > self.recipe.adversarial_from)
+
+    def losses(self, forward: Forward) -> Losses:
+        r = self.recipe
+        self.step += 1
+        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
+        t = torch.rand(r.batch, device=self.device)
+        self.model.eval()  # rates are not trained, and latents are rounded as in coding
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
+            out = forward(x, t)
+        top, left = (16 * self.random.randrange((r.crop - LOOK) // 16 + 1) for _ in range(2))
+        look = (..., slice(top, top + LOOK), slice(left, left + LOOK))
+        # The losses are driven back as far as the picture here, so that the discriminator can be weighed against them.
+        drawn = out.x_hat.detach().float().requires_grad_()
+        mse = (drawn - x).square().mean((1, 2, 3))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
+            with torch.no_grad():
+                reference = perceptual.features(x[look])
+            seen = perceptual.distance(reference, perceptual.features(drawn[look]))
+        loss = (lagrangian(t) ** (1 - r.rate_weighting) * 255**2 / 4 * mse + FEATURE_WEIGHT * seen).mean()
+        (gradient,) = torch.autograd.grad(loss, drawn)
+        if r.adversarial_from is not None and self.step > r.adversarial_from:
+            part = drawn[look].detach().requires_grad_()
+            self.adversary.learn(x[look], part.detach())
+            if self.step > r.adversarial_from + r.warmup_steps:
+                gradient[look] += self.adversary.push(part, gradient[look])
+        pull = (out.x_hat * gradient).sum()
+        bpp = (out.latent_bits + out.hyper_bits).mean() / r.crop**2
+        return Losses(loss.detach() + pull - pull.detach(), bpp, mse.detach().mean())
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        """Rate and 8-bit PSNR of the validation photographs; the loss is their mean feature distance."""
+        points, distances = [], []
+        for quality in VALIDATION_QUALITIES:
+            t = torch.tensor([quality], device=self.device)
+            rates, psnrs = [], []
+            for photo in self.photos:
+                x = photo.to(self.device)
+                out = self.model(x, t)
+                drawn = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
+                rates.append((out.latent_bits + out.hyper_bits).item() / (x.shape[2] * x.shape[3]))
+                psnrs.append(-10 * math.log10(max((drawn - x).square().mean().item(), 1e-10)))
+                distances.append(perceptual.distance(perceptual.features(x), perceptual.features(drawn)).item())
+            points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
+        return Validation(tuple(points), sum(distances) / len(distances))
