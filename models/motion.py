@@ -291,13 +291,16 @@ COARSE = 4
 """The first, exhaustive search runs on a picture this many times smaller, ..."""
 COARSE_RANGE = 10
 """... over this many of its pixels each way."""
+THRESHOLD = 2
+"""Times the cost of a bit: differences below that are mostly not coded, and only their squares count."""
 
 
 def search(current: Tensor, reference: Reference, bit_cost: float, previous: Tensor | None = None) -> Tensor:
     """Find a smooth field that predicts `current`, by block matching.
 
     Coarse exhaustive search, then rounds in which each block tries its neighbours' vectors and small changes of its
-    own. The cost is the sum of absolute differences plus `bit_cost` times a logarithmic roughness of the field.
+    own. The cost is the sum of absolute differences (of squares where they are small) plus `bit_cost` times a
+    logarithmic roughness of the field.
 
     Args:
         current: luma [B, 1, H, W] in [-0.5, 0.5]; sides are multiples of 16.
@@ -317,10 +320,13 @@ def search(current: Tensor, reference: Reference, bit_cost: float, previous: Ten
         for _ in range(rings):
             state.perturb(step)
         state.propagate()
-    for side in (2, 4, 2):
+    for side in (2, 4, 8, 4, 2):
         state.merge(side)
     state.propagate()
     state.attempt(torch.zeros_like(field))
+    if previous is not None:
+        state.attempt(previous)
+    state.propagate()
     return state.field
 
 
@@ -360,6 +366,10 @@ class _State:
 
     def _match(self, field: Tensor) -> Tensor:
         difference = (self.reference.sample(field) - self.current).abs_()
+        limit = THRESHOLD * self.bit_cost
+        small = difference.clamp(max=limit)
+        # Huber's loss, of slope 1 above the limit.
+        difference = difference.sub_(small / 2).mul_(small).div_(limit)
         return F.avg_pool2d(difference[:, None], BLOCK)[:, 0] * BLOCK**2
 
     def _roughness(self, field: Tensor, around: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def test_search_finds_quarter_pixels(frame: Planes) -> None:
         for dy, dx in ((0, 0), (1, -2))
     )
     source = Reference(Planes(before, torch.zeros(1, 2, 64, 96)))
-    field = search(now, source, COST)[:, :, 2:-2, 2:-2].float()
+    # At a quality at which so small a difference is worth its bits.
+    field = search(now, source, COST / 4)[:, :, 2:-2, 2:-2].float()
     assert field[:, 0].mean().item() == pytest.approx(1, abs=0.4)
     assert field[:, 1].mean().item() == pytest.approx(-2, abs=0.4)
 
