@@ -23,8 +23,9 @@ from calotype import container
 from calotype.api import Codec
 from calotype.media import Picture
 from calotype.models import zoo
-from calotype.models.exact import IntConv, QuantConv
+from calotype.models.exact import LIMIT, IntConv, QuantConv
 from calotype.models.hyperprior import Hyperprior
+from calotype.models.priors import HYPER_UNIT, HyperAnalysis
 from calotype.models.quantizers import base_step, lagrangian
 from calotype.models.training import clips
 from calotype.models.training import trainer as training
@@ -346,6 +347,27 @@ def test_malformed_recipes_are_refused(tmp_path: Path, photos_folder: Path) -> N
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_hyper_latents_do_not_grow_beyond_what_is_decoded() -> None:
+    """Outside of the range of decoded ones only a gradient that leads back gets through."""
+    torch.manual_seed(0)
+    analysis = HyperAnalysis(16, 8)
+    last = analysis[-1]
+    assert isinstance(last, torch.nn.Conv2d)
+    assert last.bias is not None
+    limit = LIMIT / HYPER_UNIT
+    for offset in (-1000.0, 1000.0):
+        for push in (-1.0, 1.0):
+            with torch.no_grad():
+                last.bias.fill_(offset)
+            last.bias.grad = None
+            z = analysis(torch.randn(2, 16, 9, 12))
+            assert (z == math.copysign(limit, offset)).all()
+            (push * z).sum().backward()
+            # Descent moves against the gradient.
+            leads_back = push * offset > 0
+            assert (last.bias.grad is not None and (last.bias.grad != 0).any()) == leads_back
 
 
 def test_crops_come_from_photographs_that_are_large_enough(photos_folder: Path) -> None:

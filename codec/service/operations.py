@@ -107,6 +107,7 @@ class DecodeQuery(Query):
         None, pattern=r"^[0-9]{1,7}(,[0-9]{1,7}){3}$", description="x,y,width,height in pixels of the full picture."
     )
     scale: Literal["1", "2", "4", "8"] = Field("1", description="Decode at 1/scale of the size.")
+    tune: zoo.Tune = Field("psnr", description="Draw the picture of least error, or one that looks sharper.")
     allow_partial: Flag = Field(False, description="Fill in damaged tiles instead of failing.")
     simulate_loss: float = Field(
         0, ge=0, le=1, allow_inf_nan=False, description="Share of the packets that is dropped and restored."
@@ -182,9 +183,9 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def codec(self, model: str = api.DEFAULT_MODEL) -> Codec:
+    def codec(self, model: str = api.DEFAULT_MODEL, tune: zoo.Tune = "psnr") -> Codec:
         """A model, loaded when it is first asked for. Raises ModelNotFoundError."""
-        return Codec.load(model, device=self._settings.device)
+        return Codec.load(model, device=self._settings.device, tune=tune)
 
     def _read(self, body: bytes) -> tuple[Picture, float]:
         """The picture in a body, and the seconds that it took."""
@@ -223,7 +224,7 @@ class Engine:
         """A `.clt` file to a picture."""
         header = container.read_header(body, max_pixels=self._settings.max_pixels)
         # With a model that is not installed any codec will do: it says so when it decodes.
-        codec = self.codec(zoo.name_of(header.weights) or api.DEFAULT_MODEL)
+        codec = self.codec(zoo.name_of(header.weights) or api.DEFAULT_MODEL, query.tune)
         decoded = codec.decode(
             body,
             region=query.box,
@@ -248,14 +249,15 @@ class Engine:
         most = BATCH_PIXELS // (header.width * header.height)
         if model is None or most < 2 or query.region or query.allow_partial or query.simulate_loss:
             return None
-        kind = (replace(header, quality=0), query.scale)
+        kind = (replace(header, quality=0), query.scale, query.tune)
         return Batch(kind, (query, body), most, lambda items: self._decode_together(model, items))
 
     def _decode_together(self, model: str, items: Sequence[tuple[DecodeQuery, bytes]]) -> list[Reply | Exception]:
         started = time.perf_counter()
         try:
             files = [body for _, body in items]
-            pixels = self._batching(model).decode_batch(files, scale=int(items[0][0].scale)).cpu().numpy()
+            query = items[0][0]
+            pixels = self._batching(model, query.tune).decode_batch(files, scale=int(query.scale)).cpu().numpy()
         except CalotypeError:
             # Somebody's file is at fault, which is not to be felt by the others.
             return [_caught(self.decode, *item, _no_check) for item in items]
@@ -265,14 +267,14 @@ class Engine:
             for planes, (query, body) in zip(pixels, items, strict=True)
         ]
 
-    def _batching(self, model: str) -> Codec:
+    def _batching(self, model: str, tune: zoo.Tune) -> Codec:
         """A model that takes as many pictures together as it is given."""
         from calotype.picture import PictureCoder
 
-        codec = self.codec(model)
+        codec = self.codec(model, tune)
         if not isinstance(codec.coder, PictureCoder):
             return codec
-        return Codec(PictureCoder(codec.coder.network, codec.coder.device, batch=BATCH_PIXELS), codec.spec)
+        return Codec(PictureCoder(codec.coder.network, codec.coder.device, batch=BATCH_PIXELS), codec.spec, tune)
 
     def compare(self, query: CompareQuery, body: bytes, check: Check) -> Reply:
         """A picture to the best file of an older format that is no larger than `size`."""
