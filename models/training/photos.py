@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,27 @@ def validation_photos(recipe: Recipe) -> list[Tensor]:
     stride = max(1, len(photos) // recipe.validation_items)
     tensors = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_items]]
     return [x[:, :, : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64] for x in tensors]
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, photos: Sequence[Tensor], device: torch.device, score: Callable[..., Tensor]
+) -> Validation:
+    """Estimated rate and 8-bit PSNR by quality; the loss is the mean of `score` of (x, decoded, bpp [1], t [1])."""
+    points, losses = [], []
+    for quality in VALIDATION_QUALITIES:
+        t = torch.tensor([quality], device=device)
+        rates, psnrs = [], []
+        for photo in photos:
+            x = photo.to(device)
+            out = model(x, t)
+            drawn = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
+            bpp = (out.latent_bits + out.hyper_bits) / (x.shape[2] * x.shape[3])
+            rates.append(bpp.item())
+            psnrs.append(-10 * math.log10(max((drawn - x).square().mean().item(), 1e-10)))
+            losses.append(score(x, drawn, bpp, t).item())
+        points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
+    return Validation(tuple(points), sum(losses) / len(losses))
 
 
 class PhotoTask(Task):
@@ -44,21 +66,10 @@ class PhotoTask(Task):
         mse = (out.x_hat - x).square().mean((1, 2, 3))
         return Losses(loss_per_sample(bpp, mse, t, r.rate_weighting).mean(), bpp.mean(), mse.mean())
 
-    @torch.no_grad()
     def validate(self) -> Validation:
         """Estimated rate and 8-bit PSNR of the validation photographs."""
-        points, losses = [], []
-        for quality in VALIDATION_QUALITIES:
-            t = torch.tensor([quality], device=self.device)
-            rates, psnrs = [], []
-            for photo in self.photos:
-                x = photo.to(self.device)
-                out = self.model(x, t)
-                decoded = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
-                mse = (decoded - x).square().mean()
-                bpp = (out.latent_bits + out.hyper_bits) / (x.shape[2] * x.shape[3])
-                rates.append(bpp.item())
-                psnrs.append(-10 * math.log10(max(mse.item(), 1e-10)))
-                losses.append(loss_per_sample(bpp, mse[None], t, self.recipe.rate_weighting).item())
-            points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
-        return Validation(tuple(points), sum(losses) / len(losses))
+
+        def score(x: Tensor, drawn: Tensor, bpp: Tensor, t: Tensor) -> Tensor:
+            return loss_per_sample(bpp, (drawn - x).square().mean((1, 2, 3)), t, self.recipe.rate_weighting)
+
+        return validate(self.model, self.photos, self.device, score)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calotype.models.quantizers import lagrangian
 from calotype.models.training import perceptual
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops
-from calotype.models.training.photos import VALIDATION_QUALITIES, validation_photos
+from calotype.models.training.photos import validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
 from calotype.models.zoo import SYNTHESIS, architecture, load_parameters
@@ -73,19 +72,10 @@ class VisualTask(Task):
         bpp = (out.latent_bits + out.hyper_bits).mean() / r.crop**2
         return Losses(loss.detach() + pull - pull.detach(), bpp, mse.detach().mean())
 
-    @torch.no_grad()
     def validate(self) -> Validation:
         """Rate and 8-bit PSNR of the validation photographs; the loss is their mean feature distance."""
-        points, distances = [], []
-        for quality in VALIDATION_QUALITIES:
-            t = torch.tensor([quality], device=self.device)
-            rates, psnrs = [], []
-            for photo in self.photos:
-                x = photo.to(self.device)
-                out = self.model(x, t)
-                drawn = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
-                rates.append((out.latent_bits + out.hyper_bits).item() / (x.shape[2] * x.shape[3]))
-                psnrs.append(-10 * math.log10(max((drawn - x).square().mean().item(), 1e-10)))
-                distances.append(perceptual.distance(perceptual.features(x), perceptual.features(drawn)).item())
-            points.append((sum(rates) / len(rates), sum(psnrs) / len(psnrs)))
-        return Validation(tuple(points), sum(distances) / len(distances))
+
+        def score(x: Tensor, drawn: Tensor, _bpp: Tensor, _t: Tensor) -> Tensor:
+            return perceptual.distance(perceptual.features(x), perceptual.features(drawn))
+
+        return validate(self.model, self.photos, self.device, score)
