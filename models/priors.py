@@ -11,6 +11,7 @@ After Ballé et al., "Variational image compression with a scale hyperprior" (IC
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
@@ -100,6 +101,7 @@ def checkerboard(height: int, width: int, parity: int | None, device: torch.devi
     return (rows + columns) % 2 == parity
 
 
+@functools.lru_cache(maxsize=64)
 def positions(height: int, width: int, parity: int | None, device: torch.device) -> Tensor | slice:
     """Index of the positions of a pass among all, in raster order."""
     if parity is None:

@@ -27,6 +27,8 @@ from calotype.models.quantizers import Modulation, base_step
 
 STRIDE = 16
 """Pixels per latent position, each way."""
+ROUGH_FROM = 0.4
+"""Quality from which the last block, too, may be computed in bfloat16."""
 _STRIP = 512
 """Positions that pointwise layers compute at a time on a CPU."""
 
@@ -75,6 +77,8 @@ class Transforms(nn.Module):
         self.dec_linear = nn.Conv2d(c.latent, 768, 1, bias=False)
         self.dec_modulation = Modulation(c.fine)
         self.dec_step = Modulation(c.latent)
+        self.dec_rough: nn.Sequential | None = None
+        """`dec_fine` with all products in bfloat16, in an economical network."""
 
         start_as_dct(self.enc_linear, self.dec_linear, STRIDE, self.enc_out, self.dec_out)
 
@@ -91,8 +95,8 @@ class Transforms(nn.Module):
     def economical(self) -> Self:
         """A network that shares its weights with this one and mostly multiplies in bfloat16 (`Bfloat16Block`).
 
-        Not in what draws the finest detail: its pixels differ by less than 1/255, before rounding, from what float32
-        gives.
+        Its pixels differ by less than 1/255, before rounding, from what float32 gives. For that the last block, which
+        draws the finest detail, must be in float32 where quantisation steps are large: below `ROUGH_FROM`.
         """
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
@@ -102,6 +106,7 @@ class Transforms(nn.Module):
             setattr(twin, name, in_bfloat16(getattr(self, name)))
         *early, last = self.dec_fine.children()
         twin.dec_fine = nn.Sequential(*in_bfloat16(nn.Sequential(*early)), last)
+        twin.dec_rough = in_bfloat16(self.dec_fine)
         return twin
 
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:
@@ -137,7 +142,8 @@ class Transforms(nn.Module):
         factors = self.dec_modulation(t)
         f = self.dec_coarse(self.dec_in(y))
         f = _by_strips(lambda f: _spread(_pointwise(f, up, up_bias), 2) * factors.to(f.dtype), f)
-        f = self.dec_fine(f)
+        rough = self.dec_rough if self.dec_rough is not None and bool((t >= ROUGH_FROM).all()) else None
+        f = self.dec_fine(f) if rough is None else rough(f)
 
         def draw(y: Tensor, f: Tensor) -> Tensor:
             return _spread(_pointwise(f, out, out_bias) + _spread(_pointwise(y, linear), 2), 8 // scale)
