@@ -7,6 +7,7 @@ pixels within 1/255. The section numbers are those of docs/FORMAT.md.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import zlib
 from bisect import bisect_right
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -214,13 +214,37 @@ def compand(table: Ints, latent: Ints) -> Ints:
     return np.sign(latent) * table[np.minimum(np.abs(latent), 32768)]
 
 
+def load_weights(path: Path) -> Tensors:
+    """The tensors of a safetensors file; those of bfloat16, the upper halves of float32, as float32."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    kinds = {
+        "I8": "i1",
+        "U8": "u1",
+        "I16": "<i2",
+        "I32": "<i4",
+        "I64": "<i8",
+        "F16": "<f2",
+        "F32": "<f4",
+        "BF16": "<u2",
+    }
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        first, last = (start + offset for offset in entry["data_offsets"])
+        values = np.frombuffer(data[first:last], kinds[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = (values.astype(np.uint32) << 16).view(np.float32) if entry["dtype"] == "BF16" else values
+    return tensors
+
+
 class Decoder:
     """Everything that a weights file decodes."""
 
     coarse_blocks, fine_blocks = 4, 4
 
     def __init__(self, weights: Path) -> None:
-        self.weights: Tensors = load_file(weights)
+        self.weights = load_weights(weights)
         self.digest = hashlib.sha256(weights.read_bytes()).digest()
         self.tables = cumulative_tables(self.weights["prior.frequencies"].tolist())
         self.compand = self.weights["prior.compand"].astype(np.int64)

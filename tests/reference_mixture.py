@@ -10,8 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from reference_decoder import DamageError, Decoder, Ints, RangeDecoder, shuffle
-from safetensors.numpy import load_file
+from reference_decoder import DamageError, Decoder, Ints, RangeDecoder, load_weights, shuffle
 
 
 class Latent:
@@ -61,7 +60,7 @@ class MixtureDecoder(Decoder):
     coarse_blocks, fine_blocks = 3, 3
 
     def __init__(self, weights: Path) -> None:
-        self.weights = load_file(weights)
+        self.weights = load_weights(weights)
         data = weights.read_bytes()
         self.digest = hashlib.sha256(data).digest()
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]

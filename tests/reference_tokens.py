@@ -9,8 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from reference_decoder import TOTAL, DamageError, Decoder, File, Ints, RangeDecoder, tile_boxes
-from safetensors.numpy import load_file
+from reference_decoder import TOTAL, DamageError, Decoder, File, Ints, RangeDecoder, load_weights, tile_boxes
 
 
 def packet_of(height: int, width: int, packets: int) -> Ints:
@@ -30,7 +29,7 @@ class TokenDecoder(Decoder):
     """Everything that the weights file of a model of tokens decodes, up to the tokens."""
 
     def __init__(self, weights: Path) -> None:
-        self.weights = load_file(weights)
+        self.weights = load_weights(weights)
         self.digest = hashlib.sha256(weights.read_bytes()).digest()
         self.steps = len({name.split(".")[2] for name in self.weights if name.startswith("prior.heads.")})
         self.exponentials: list[int] = self.weights["prior.exponentials"].tolist()

@@ -143,7 +143,7 @@ def test_reference_decoder_is_independent() -> None:
             else []
         )
     }
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "safetensors"}
+    assert imported - set(sys.stdlib_module_names) == {"numpy"}
 
 
 def test_specification_states_the_constants_of_the_code() -> None:

