@@ -365,12 +365,10 @@ class _State:
         self.cost = self._match(field)
 
     def _match(self, field: Tensor) -> Tensor:
-        difference = (self.reference.sample(field) - self.current).abs_()
         limit = THRESHOLD * self.bit_cost
-        small = difference.clamp(max=limit)
-        # Huber's loss, of slope 1 above the limit.
-        difference = difference.sub_(small / 2).mul_(small).div_(limit)
-        return F.avg_pool2d(difference[:, None], BLOCK)[:, 0] * BLOCK**2
+        loss = F.huber_loss(self.reference.sample(field), self.current, reduction="none", delta=limit)
+        # Of slope 1 above the limit.
+        return F.avg_pool2d(loss[:, None], BLOCK)[:, 0] * (BLOCK**2 / limit)
 
     def _roughness(self, field: Tensor, around: Tensor) -> Tensor:
         """Bits that the four neighbours in `around` make of a vector, about: [B, h, w].
