@@ -47,7 +47,7 @@ def export_weights(
         return path
     if isinstance(network, Mixture):
         if photos is None:
-            raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of them (--photos)")
+            raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs (--photos)")
         codebooks.fit(network, photos)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)
