@@ -16,6 +16,7 @@ from calotype.cli.options import (
     common_options,
     inputs_argument,
     size,
+    tune_option,
 )
 from calotype.cli.options import (
     metadata as metadata_kinds,
@@ -40,13 +41,7 @@ _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
     "--region", type=region_box, metavar="X,Y,W,H", help="Only this part of the picture, in pixels of the full size."
 )
 @click.option("--scale", type=click.Choice(list(_SCALES)), default="1", help="Decode smaller, and faster.")
-@click.option(
-    "--tune",
-    type=click.Choice(["psnr", "visual"]),
-    default="psnr",
-    show_default=True,
-    help="Draw the picture of least error, or one that looks sharper.",
-)
+@tune_option("Draw the picture of least error, or one that looks sharper.")
 @click.option("--frames", type=frame_range, metavar="A:B", help="Of a video, these frames only: 10:20, 10:, :20 or 10.")
 @click.option("--allow-partial", is_flag=True, help="Decode what is intact of a damaged file.")
 @click.option(

@@ -10,7 +10,7 @@ import click
 
 from calotype.cli.batch import error_record
 from calotype.cli.console import SOME_FAILED, Settings, exit_code, print_json, show_error
-from calotype.cli.options import common_options, json_option
+from calotype.cli.options import common_options, json_option, tune_option
 
 if TYPE_CHECKING:
     from calotype.models.zoo import ModelSpec, Tune
@@ -116,13 +116,7 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Photographs to which the codebooks of mixture are fitted.",
 )
-@click.option(
-    "--tune",
-    type=click.Choice(["psnr", "visual"]),
-    default="psnr",
-    show_default=True,
-    help="The whole model, or its second synthesis alone.",
-)
+@tune_option("The whole model, or its second synthesis alone.")
 @json_option
 @common_options
 def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | None, tune: Tune, as_json: bool) -> None:

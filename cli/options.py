@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from calotype.cli.console import Settings
+from calotype.models.zoo import TUNES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -113,6 +114,11 @@ def common_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def tune_option(help: str) -> Callable[[Function], Function]:
+    """--tune of `decode` and `models export`."""
+    return click.option("--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True, help=help)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")

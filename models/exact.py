@@ -41,12 +41,12 @@ _STRIP = 2**18
 """Elements that a layer computes at a time on a CPU."""
 
 
-class _RoundClamp(torch.autograd.Function):
+class _Saturate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, limit: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limit = limit  # type: ignore[attr-defined]
-        return (x + 0.5).floor_().clamp_(-limit, limit)
+        return x.clamp(-limit, limit)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
@@ -55,6 +55,22 @@ class _RoundClamp(torch.autograd.Function):
         # Outside the limit only a gradient that leads back inside passes; otherwise a saturated unit would stay so.
         inside = (x.abs() <= ctx.limit) | (grad * x > 0)  # type: ignore[attr-defined]
         return grad * inside, None
+
+
+class _RoundClamp(_Saturate):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limit = limit  # type: ignore[attr-defined]
+        return (x + 0.5).floor_().clamp_(-limit, limit)
+
+
+def saturate(x: Tensor, limit: float) -> Tensor:
+    """Clamp to ±limit; outside, only a gradient that leads back passes.
+
+    One that pushes on would have no answer, and x would grow without end.
+    """
+    return _Saturate.apply(x, limit)
 
 
 def round_clamp(x: Tensor, limit: float = math.inf) -> Tensor:

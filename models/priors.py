@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.models import tables
-from calotype.models.exact import LIMIT, QuantConv, exact_matmul, round_clamp
+from calotype.models.exact import LIMIT, QuantConv, exact_matmul, round_clamp, saturate
 from calotype.models.quantizers import KNOTS
 
 HYPER_STRIDE = 4
@@ -193,26 +193,6 @@ def gaussian_bits(offset: Tensor, index: Tensor) -> Tensor:
     return -torch.log2(_LowerBound.apply(mass, 1e-9)) + 2 * beyond
 
 
-class _Saturated(torch.autograd.Function):
-    """x within ±limit; outside, only a gradient that leads back passes.
-
-    Decoded hyper-latents are no larger. A gradient that pushes on would have no answer, and x would grow without end,
-    at the cost of ever more bits.
-    """
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.limit = limit  # type: ignore[attr-defined]
-        return x.clamp(-limit, limit)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = grads[0]
-        return grad * ((x.abs() <= ctx.limit) | (grad * x > 0)), None  # type: ignore[attr-defined]
-
-
 class HyperAnalysis(nn.Sequential):
     """Encoder only: the hyper-latent z [B, Z, ceil(H/4), ceil(W/4)] of a latent y [B, M, H, W]; floats."""
 
@@ -231,7 +211,8 @@ class HyperAnalysis(nn.Sequential):
         bottom, right = -y.shape[2] % HYPER_STRIDE, -y.shape[3] % HYPER_STRIDE
         if bottom or right:
             y = F.pad(y, (0, right, 0, bottom), mode="replicate")
-        return _Saturated.apply(super().forward(y).float(), LIMIT / HYPER_UNIT)
+        # Decoded hyper-latents are no larger, and larger ones cost ever more bits.
+        return saturate(super().forward(y).float(), LIMIT / HYPER_UNIT)
 
 
 class Prior(nn.Module):

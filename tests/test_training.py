@@ -202,6 +202,8 @@ def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp
     torch.save(state, tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match="other weights"):
         export_weights(tmp_path / CHECKPOINT, "hyperprior", tmp_path / "weights", tune="visual")
+    with pytest.raises(ValueError, match="one way"):
+        export_weights(tmp_path / CHECKPOINT, "video", tmp_path / "weights", tune="visual")
     with pytest.raises(ValueError, match="start_from"):
         Trainer(recipe(photos_folder, tmp_path / "b", "stage=visual"), CPU, resume=False)
 

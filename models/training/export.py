@@ -29,7 +29,8 @@ def export_weights(
     Returns:
         The weights' path.
     Raises:
-        ValueError: if photographs are needed, or the synthesis was trained for other weights.
+        ValueError: if photographs are needed, if the synthesis was trained for other weights, or if the model can have
+            no second one.
     """
     index_path = folder / zoo.INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
@@ -37,7 +38,8 @@ def export_weights(
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
     if tune == "visual":
-        assert isinstance(network, Hyperprior)
+        if not isinstance(network, Hyperprior):
+            raise ValueError(f"the model {name} draws pictures in one way only: leave out the tune")
         own, there = zoo.shipped(network), load_file(folder / index[name]["file"])
         if any(not torch.equal(value, there[key]) for key, value in own.items() if key.startswith("enc_")):
             raise ValueError(f"the synthesis in {checkpoint} was trained for other weights than those of {name}")
