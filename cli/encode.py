@@ -52,8 +52,8 @@ _SCHEMA = "calotype.encode/1"
     type=click.Choice(["5", "7", "9"]),
     default="5",
     show_default=True,
-    help="Encoding time for smaller files at equal quality: 7 and 9 refine each picture by gradient descent, some 20 "
-    "and 50 times slower. Decoding stays as fast.",
+    help="Encoding time for smaller files at equal quality, or with vqgan for better pictures: 7 and 9 refine each "
+    "picture by gradient descent, some 20 and 50 times slower. Decoding stays as fast.",
 )
 @click.option(
     "--packets",

@@ -21,7 +21,9 @@ from calotype.container import payload_name
 from calotype.entropy import NO_TABLES
 from calotype.errors import DriftError, FormatError, InputError, LimitError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
+from calotype.models.blocks import bfloat16_is_fast
 from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.token_search import search
 from calotype.models.tokens import interleave
 from calotype.models.vqgan import STRIDE, Vqgan
 from calotype.models.zoo import layout
@@ -29,6 +31,10 @@ from calotype.picture import DecodeJob
 from calotype.stopwatch import Stopwatch
 from calotype.windows import Box, Progress, grid
 
+SEARCH_STEPS = {7: 8, 9: 30}
+"""Steps of the search for tokens, by effort; at other efforts they are the nearest."""
+SEARCH_WINDOW = 48
+"""Tokens of the side of a window that is searched at once: gradients take some 2 kB of memory per pixel."""
 MAX_CODEBOOK = 2**24
 """Numbers in a codebook that is read from a file."""
 
@@ -63,29 +69,52 @@ class TokenCoder:
         packets: int = 1,
     ) -> list[bytes]:
         """Payloads, tile after tile and packet after packet, for pixels [H, W, C]; arguments as in `PictureCoder`."""
-        if effort != 5:
-            raise InputError(f"effort {effort} is for models of latents: tokens know effort 5 only")
-        tokens = self.analyse(pixels, quality, watch, windows.part(progress, 0, 0.5))
+        tokens = self.analyse(pixels, quality, watch, windows.part(progress, 0, 0.5), effort)
         return self.write(tokens, quality, tile, packets, watch, windows.part(progress, 0.5, 0.5))
 
     @torch.inference_mode()
     def analyse(
-        self, pixels: npt.NDArray[np.uint8], quality: int, watch: Stopwatch, progress: Progress | None = None
+        self,
+        pixels: npt.NDArray[np.uint8],
+        quality: int,
+        watch: Stopwatch,
+        progress: Progress | None = None,
+        effort: int = 5,
     ) -> Tensor:
-        """Tokens [ceil(H/16), ceil(W/16)] int64, on the CPU, of pixels [H, W, C] at an integer quality."""
+        """Tokens [ceil(H/16), ceil(W/16)] int64, on the CPU, of pixels [H, W, C] at an integer quality.
+
+        Raises InputError at the efforts of `SEARCH_STEPS` if the network that judges pictures is not installed.
+        """
         rows, columns = -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE)
         tokens = torch.empty(rows, columns, dtype=torch.int64)
-        all_windows = windows.split(Box(0, 0, rows, columns))
-        for count, window in enumerate(all_windows, 1):
+        whole, step = Box(0, 0, rows, columns), self.network.ladder_step(quality)
+        all_windows = grid(whole, SEARCH_WINDOW) if effort in SEARCH_STEPS else windows.split(whole)
+        for count, window in enumerate(all_windows):
             with watch("load"):
                 outer = window.grown(self.network.halo, rows, columns)
                 x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
-            with watch("transform"):
-                found = self.network.analyse(x, self.network.ladder_step(quality))
-                tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
+            if effort in SEARCH_STEPS:
+                report = windows.part(progress, count / len(all_windows), 1 / len(all_windows))
+                with watch("refine"):
+                    found = self._search(x, step, SEARCH_STEPS[effort], report)
+            else:
+                with watch("transform"):
+                    found = self.network.analyse(x, step)
+            tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
             if progress:
-                progress(count / len(all_windows))
+                progress((count + 1) / len(all_windows))
         return tokens
+
+    def _search(self, x: Tensor, step: int, steps: int, progress: Progress | None) -> Tensor:
+        bf16 = self.device.type == "cuda" or bfloat16_is_fast(self.device)
+        with torch.inference_mode(False):
+            # What was computed in inference mode has no place in a graph: copies have.
+            try:
+                return search(self.network, x.clone(), step, steps, bf16=bf16, progress=progress)
+            except ImportError as error:
+                raise InputError(
+                    f"the search for tokens needs {error.name}: pip install 'calotype[eval]', or use effort 5"
+                ) from error
 
     @torch.inference_mode()
     def write(

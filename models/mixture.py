@@ -42,10 +42,10 @@ FINE = (
 class MixtureConfig(TransformsConfig):
     """Widths, depths and codebooks; the defaults are those of the shipped weights."""
 
-    analysis_fine: int = 2
+    analysis_fine: int = 1
     analysis_coarse: int = 3
     synthesis_coarse: int = 3
-    synthesis_fine: int = 3
+    synthesis_fine: int = 2
     hidden: int = 192
     up: int = 128
     coarse_books: tuple[Book, ...] = COARSE

@@ -18,11 +18,11 @@ from calotype import container
 from calotype.api import Codec, decode, encode, psnr
 from calotype.errors import FormatError, InputError, ModelNotFoundError
 from calotype.media import Picture
+from calotype.models import perceptual
 from calotype.models.blocks import Block, bfloat16_is_fast
 from calotype.models.exact import integerise
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Coding
-from calotype.models.training import perceptual
 from calotype.models.transforms import STRIDE
 from calotype.picture import DecodeJob, PictureCoder
 from calotype.stopwatch import Stopwatch

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from calotype.models import zoo
+from calotype.models import perceptual, zoo
 from calotype.models.codebook import Codebook, cluster, nearest
 from calotype.models.exact import integerise
 from calotype.models.restoration import WINDOW, Restorer
 from calotype.models.tokens import PASSES, TokenPrior, bits, interleave, ranks
-from calotype.models.training import perceptual
 from calotype.models.training import trainer as training
 from calotype.models.training import vqgan as vqgan_training
 from calotype.models.training.adversary import Adversary

@@ -1,4 +1,4 @@
-"""A perceptual distance of pictures on ImageNet features: `calotype.models.training.perceptual` of 8-bit pictures."""
+"""A perceptual distance of pictures on ImageNet features: `calotype.models.perceptual` of 8-bit pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def distance(reference: Pixels, decoded: Pixels) -> float:
     """Distance of two pictures [H, W, 3] uint8: 0 for equal ones, lower is better."""
     import torch
 
-    from calotype.models.training import perceptual
+    from calotype.models import perceptual
 
     with torch.inference_mode():
         pair = [perceptual.features(_to_tensor(pixels)) for pixels in (reference, decoded)]

@@ -47,11 +47,20 @@ class Recipe(BaseModel):
     """Photographs or clips that are looked at."""
     frames: int = Field(8, gt=1)
     """Length of a rollout of the video model, with its key frame."""
-    stage: Literal["pictures", "tokens", "visual"] = "pictures"
-    """`tokens`, of the token model: after its transforms and codebooks, its prior and the restoration of lost tokens.
-    `visual`, of the image model: after all of it, a second synthesis, for how pictures look."""
+    unroll: int = Field(1, gt=0)
+    """Frames of a step of the video model. What a frame is worth to those after it is learned only across them."""
+    stage: Literal["pictures", "synthesis", "tokens", "visual"] = "pictures"
+    """Of the token model: `synthesis`, what draws pictures, alone; `tokens`, after its transforms and codebooks, its prior
+    and the restoration of lost tokens. `visual`, of the image model: after all of it, a second synthesis, for how
+    pictures look."""
     features_from: int = Field(0, ge=0)
     """Step from which the token model is trained for features of pictures, too, and not for absolute error alone."""
+    feature_weight: float = Field(0.05, ge=0)
+    """Of a feature distance. In the token model, against absolute error; 0.1 from the first step on drew grids. In the
+    stage `visual`, against squared error that is weighted by rate: with 0.15 its gradient is 7 times as long at quality
+    5, twice at 20, as long at 60."""
+    look: int = Field(128, gt=0, multiple_of=64)
+    """Side of the part of a crop that feature networks look at: they take most of the time."""
     adversarial_from: int | None = None
     """Step from which the token model is trained against a discriminator."""
     recluster: tuple[int, ...] = ()

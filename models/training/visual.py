@@ -7,20 +7,14 @@ import random
 import torch
 from torch import Tensor, nn
 
+from calotype.models import perceptual
 from calotype.models.quantizers import lagrangian
-from calotype.models.training import perceptual
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops
 from calotype.models.training.photos import validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
 from calotype.models.zoo import SYNTHESIS, architecture, load_parameters
-
-FEATURE_WEIGHT = 0.15
-"""Of the feature distance against squared error that is weighted by rate: its gradient is 7 times as long at quality 5,
-twice at 20, as long at 60."""
-LOOK = 128
-"""Side of the part of a crop that the feature networks look at: they take most of the time."""
 
 
 class VisualTask(Task):
@@ -52,8 +46,9 @@ class VisualTask(Task):
         self.model.eval()  # rates are not trained, and latents are rounded as in coding
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t)
-        top, left = (16 * self.random.randrange((r.crop - LOOK) // 16 + 1) for _ in range(2))
-        look = (..., slice(top, top + LOOK), slice(left, left + LOOK))
+        side = min(r.look, r.crop)
+        top, left = (16 * self.random.randrange((r.crop - side) // 16 + 1) for _ in range(2))
+        look = (..., slice(top, top + side), slice(left, left + side))
         # The losses are driven back as far as the picture here, so that the discriminator can be weighed against them.
         drawn = out.x_hat.detach().float().requires_grad_()
         mse = (drawn - x).square().mean((1, 2, 3))
@@ -61,7 +56,7 @@ class VisualTask(Task):
             with torch.no_grad():
                 reference = perceptual.features(x[look])
             seen = perceptual.distance(reference, perceptual.features(drawn[look]))
-        loss = (lagrangian(t) ** (1 - r.rate_weighting) * 255**2 / 4 * mse + FEATURE_WEIGHT * seen).mean()
+        loss = (lagrangian(t) ** (1 - r.rate_weighting) * 255**2 / 4 * mse + r.feature_weight * seen).mean()
         (gradient,) = torch.autograd.grad(loss, drawn)
         if r.adversarial_from is not None and self.step > r.adversarial_from:
             part = drawn[look].detach().requires_grad_()

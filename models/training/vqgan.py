@@ -8,25 +8,21 @@ import random
 import torch
 from torch import Tensor, nn
 
+from calotype.models import perceptual
 from calotype.models.codebook import cluster, nearest
 from calotype.models.restoration import WINDOW
 from calotype.models.tokens import PASSES, bits, interleave, ranks
-from calotype.models.training import perceptual
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.photos import validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
 from calotype.models.vqgan import STRIDE, Vqgan
-from calotype.models.zoo import load_parameters
+from calotype.models.zoo import SYNTHESIS, load_parameters
 
-FEATURE_WEIGHT = 0.05
-"""Twice as large, and from the first step on, it drew grids; see `Recipe.features_from`."""
 COMMITMENT = 4.0
 LADDER_WEIGHTS = (1.0, 1.5, 2.0, 2.5, 3.0)
 """How often each step of the ladder is drawn: larger codebooks have more to learn."""
-LOOK = 128
-"""Side of the part of a crop that the feature networks look at: they take most of the time."""
 SEEDS = 60000
 """Vectors that codebooks are clustered from."""
 
@@ -41,7 +37,8 @@ def _load(recipe: Recipe, device: torch.device) -> Vqgan:
 class PictureTask(Task):
     """Transforms and codebooks of `vqgan`: L1, features, commitment, and a discriminator. See `tasks.Task`.
 
-    Codebooks are clustered from latents at the first step and at `recipe.recluster`.
+    Codebooks are clustered from latents at the first step and at `recipe.recluster`. In the stage `synthesis` only what
+    draws pictures learns: tokens, their prior and files stay as they are.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int, step: int) -> None:
@@ -49,6 +46,9 @@ class PictureTask(Task):
         self.network = _load(recipe, device)
         self.network.prior.requires_grad_(False)
         self.network.restorer.requires_grad_(False)
+        if recipe.stage == "synthesis":
+            for name, parameter in self.network.named_parameters():
+                parameter.requires_grad_(name.startswith(SYNTHESIS))
         self.model: nn.Module = self.network
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
         self.random = random.Random(seed)
@@ -74,14 +74,15 @@ class PictureTask(Task):
         # The losses of the picture are driven back as far as the picture here, so that the discriminator can be
         # weighed against them; the network then gets one gradient.
         drawn = out.x_hat.detach().requires_grad_()
-        top, left = (16 * self.random.randrange((r.crop - LOOK) // 16 + 1) for _ in range(2))
-        look = (..., slice(top, top + LOOK), slice(left, left + LOOK))
+        side = min(r.look, r.crop)
+        top, left = (16 * self.random.randrange((r.crop - side) // 16 + 1) for _ in range(2))
+        look = (..., slice(top, top + side), slice(left, left + side))
         picture = (drawn - x).abs().mean()
         if self.step > r.features_from:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
                 with torch.no_grad():
                     reference = perceptual.features(x[look])
-                picture += FEATURE_WEIGHT * perceptual.distance(reference, perceptual.features(drawn[look])).mean()
+                picture += r.feature_weight * perceptual.distance(reference, perceptual.features(drawn[look])).mean()
         (gradient,) = torch.autograd.grad(picture, drawn)
         if r.adversarial_from is not None and self.step > r.adversarial_from:
             part = drawn[look].detach().requires_grad_()
@@ -131,7 +132,7 @@ class PictureTask(Task):
                 drawn = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
                 psnrs.append(-10 * math.log10((drawn - x).square().mean().item()))
                 seen = perceptual.distance(perceptual.features(x), perceptual.features(drawn))
-                losses.append((drawn - x).abs().mean().item() + FEATURE_WEIGHT * seen.item())
+                losses.append((drawn - x).abs().mean().item() + self.recipe.feature_weight * seen.item())
             points.append((math.log2(size) / STRIDE**2, sum(psnrs) / len(psnrs)))
         return Validation(tuple(points), sum(losses) / len(losses))
 
