@@ -180,7 +180,8 @@ class Codec:
             target: end just below a size or rate, or at a PSNR; with a model of tokens the best step of its ladder that
                 is no larger, or the first that reaches the PSNR.
             tile: side in pixels of the tiles that can be decoded alone: 256, 512, 1024, 2048 or 4096.
-            effort: 5, or 7 or 9: the encoder refines the latent of this picture by 6 or 20 steps of gradient descent.
+            effort: 5, or 7 or 9: the encoder refines the latent of this picture by 6 or 20 steps of gradient descent,
+                or searches for its tokens by 8 or 30.
                 Smaller files at equal quality for much more encoding time; decoding stays as it is.
             metadata: which of "icc", "exif" and "xmp" are kept.
             packets: 1 to 32 parts of each tile that can be lost one by one; above 1 with models of tokens only.
@@ -194,8 +195,7 @@ class Codec:
         _check_quality(quality)
         coder = self.coder if packets == 1 else self._token_coder()
         _check_layout(picture.width, picture.height, tile, packets)
-        if effort not in EFFORTS:
-            raise InputError(f"effort must be one of {', '.join(map(str, EFFORTS))}, got {effort}")
+        _check_effort(effort)
         unknown = set(metadata) - set(METADATA)
         if unknown:
             raise InputError(f"unknown metadata {', '.join(sorted(unknown))}: use {', '.join(METADATA)}")
@@ -445,19 +445,20 @@ class Codec:
 
     # Tokens -----------------------------------------------------------------------------------------------------------
 
-    def tokenise(self, picture: Picture, *, quality: float = DEFAULT_QUALITY) -> Tokens:
+    def tokenise(self, picture: Picture, *, quality: float = DEFAULT_QUALITY, effort: int = DEFAULT_EFFORT) -> Tokens:
         """The tokens of a picture, without its alpha and metadata.
 
-        Raises InputError if this is not a model of tokens, or for a quality out of range; LimitError.
+        Raises InputError if this is not a model of tokens, or for a quality or effort out of range; LimitError.
         """
         from calotype.stopwatch import Stopwatch
 
         coder = self._token_coder()
         _check_quality(quality)
+        _check_effort(effort)
         _check_layout(picture.width, picture.height, DEFAULT_TILE, 1)
         step = round(quality * QUALITY_STEPS / 100)
         header = self._header(picture.width, picture.height, picture.pixels.shape[2], DEFAULT_TILE, step)
-        return self._as_tokens(header, coder.analyse(picture.pixels, step, Stopwatch(coder.device)))
+        return self._as_tokens(header, coder.analyse(picture.pixels, step, Stopwatch(coder.device), effort=effort))
 
     def tokens_of(self, data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tokens:
         """The tokens in a file. Raises what `decode` does; InputError if its model is not one of tokens."""
@@ -534,6 +535,11 @@ class Codec:
 def _check_quality(quality: float) -> None:
     if not 0 <= quality <= 100:
         raise InputError(f"quality must be 0 to 100, got {quality:g}")
+
+
+def _check_effort(effort: int) -> None:
+    if effort not in EFFORTS:
+        raise InputError(f"effort must be one of {', '.join(map(str, EFFORTS))}, got {effort}")
 
 
 def _check_layout(width: int, height: int, tile: int, packets: int) -> None:

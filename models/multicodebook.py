@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from calotype.models import tables
+from calotype.models.exact import LEVELS
 from calotype.models.priors import Request, as_rows, request
 
 DISTORTION = 6 / math.log(2)
 """Bits that a squared quantisation step of distortion is worth: `quantizers.base_step` makes it so at every quality."""
+RATE_BELOW, RATE_MORE = 0.1, 0.8
+"""Below this quality rate counts for more than that, by up to this part: else quality 0 would not be small enough."""
 ROWS = tables.SCALES - tables.SKIP
 """Tables of a codebook: one for each scale that is coded."""
 REACH = 3.0
@@ -100,6 +103,19 @@ def frequencies(weights: Tensor) -> Tensor:
     return torch.cat([rounded, torch.full((len(rounded), 1), _ESCAPE)], 1).to(torch.int32)
 
 
+def rate_weight(t: Tensor) -> Tensor:
+    """How much more than `DISTORTION` says rate counts when codewords are chosen, at qualities `t` [B] in [0, 1]."""
+    return 1 + RATE_MORE * (1 - t / RATE_BELOW).clamp(min=0)
+
+
+def shrinkage(variance: Tensor, weight: Tensor) -> Tensor:
+    """What is left of a Gaussian latent's distance from its mean when its codeword is chosen by rate and distortion.
+
+    In nats, `DISTORTION` (r - k)² plus the bits of k is 6 (r - k)² + w k² / 2σ²: least at r σ² / (σ² + w / 12).
+    """
+    return variance / (variance + weight / 12)
+
+
 class Codebooks(nn.Module):
     """The codebooks of one latent, one after another over its channels, with their tables.
 
@@ -160,12 +176,15 @@ class Codebooks(nn.Module):
         """Tables of groups [B, n, G] of given scales: 0 for what is not coded."""
         return (scale + (self.first_table - tables.SKIP)) * (scale >= tables.SKIP)
 
-    def code(self, mean: Tensor, scale: Tensor, target: Tensor | None) -> Generator[Request, Tensor, Tensor]:
+    def code(
+        self, mean: Tensor, scale: Tensor, level: Tensor, target: Tensor | None
+    ) -> Generator[Request, Tensor, Tensor]:
         """Encode a latent in quantisation steps, or decode one if it is None.
 
         Args:
             mean: [B, C, H, W], integers in 1/unit steps.
             scale: [B, G, H, W], integers.
+            level: [B] int64, quality level below `exact.LEVELS`.
             target: [B, C, H, W].
         Returns:
             The quantised latent [B, C, H, W], integers in 1/unit steps, channels innermost.
@@ -174,7 +193,7 @@ class Codebooks(nn.Module):
         value, index = as_rows(mean).contiguous(), as_rows(scale)
         symbols = None
         if target is not None:
-            symbols = request(self.nearest(as_rows(target) - value / self.unit, index), torch.int32)
+            symbols = request(self.nearest(as_rows(target) - value / self.unit, index, level), torch.int32)
         answer = yield Request(request(self.table_numbers(index), torch.int16), symbols)
         answer = answer.view(len(value), self.groups, -1).to(value.device)
         parts = []
@@ -193,12 +212,13 @@ class Codebooks(nn.Module):
 
     # Encoder only: floats ---------------------------------------------------------------------------------------------
 
-    def nearest(self, offset: Tensor, scale: Tensor) -> Tensor:
+    def nearest(self, offset: Tensor, scale: Tensor, level: Tensor) -> Tensor:
         """Symbols [B, n, G], as float32, of offsets [B, n, C] in quantisation steps under scales [B, n, G].
 
-        The codeword nearest to an offset that is drawn towards zero as rate and distortion want it, see `Search`.
+        The codeword nearest to an offset that is drawn towards zero as rate and distortion want it, see `shrinkage`.
         """
         parts = []
+        weight = rate_weight(level / (LEVELS - 1))
         group = channel = 0
         for number, book in enumerate(self.books):
             if number not in self._searches:
@@ -206,7 +226,7 @@ class Codebooks(nn.Module):
             own = scale[..., group : group + book.groups]
             vectors = offset[..., channel : channel + book.channels].unflatten(-1, (book.groups, book.dimension))
             row = (own - tables.SKIP).clamp_(min=0).long()
-            index = self._searches[number].best(vectors, row)
+            index = self._searches[number].best(vectors, row, weight)
             coded = own >= tables.SKIP
             if self.searched is not None:
                 self.searched(number, vectors[coded], row[coded], index[coded])
@@ -222,11 +242,9 @@ class Codebooks(nn.Module):
 
 
 class Search:
-    """Finds codewords for an encoder.
+    """Finds codewords for an encoder: the nearest to what `shrinkage` leaves of a vector.
 
-    A Gaussian of variance σ² has the best codeword k for r where `DISTORTION` (r - k)² plus the bits of k is least, in
-    nats 6 (r - k)² + k² / 2σ²: near r σ² / (σ² + 1/12). The nearest codeword to that is looked up by the cell of the
-    integer grid that it lies in.
+    It is looked up by the cell of the integer grid that this lies in.
 
     Args:
         words: [size, d] in quantisation steps.
@@ -240,12 +258,20 @@ class Search:
         centres = torch.cartesian_prod(*[axis] * dimension).view(-1, dimension).float()
         self.cells = torch.cdist(centres, words).argmin(1)
         self.strides = [(2 * self.reach + 1) ** power for power in reversed(range(dimension))]
-        sigma = tables.scale_of(torch.arange(tables.SKIP, tables.SCALES, device=words.device).float()) / stretch
-        self.gains = sigma**2 / (sigma**2 + 1 / 12) / stretch
+        self.variance = (
+            tables.scale_of(torch.arange(tables.SKIP, tables.SCALES, device=words.device).float()) / stretch
+        ) ** 2
+        self.stretch = stretch
 
-    def best(self, vectors: Tensor, row: Tensor) -> Tensor:
-        """Indexes [...] of the codewords for vectors [..., d] in quantisation steps, under rows [...] of the tables."""
-        gain = self.gains[row]
+    def best(self, vectors: Tensor, row: Tensor, weight: Tensor) -> Tensor:
+        """Indexes [B, ...] of the codewords for vectors [B, ..., d] in quantisation steps.
+
+        Args:
+            row: [B, ...], rows of the tables.
+            weight: [B], of `rate_weight`.
+        """
+        gains = torch.stack([shrinkage(self.variance, w) / self.stretch for w in weight])
+        gain = torch.stack([own[rows] for own, rows in zip(gains, row, strict=True)])
         place: Tensor | None = None
         for axis, stride in enumerate(self.strides):
             cell = (vectors[..., axis] * gain).round_().clamp_(-self.reach, self.reach).add_(self.reach).mul_(stride)

@@ -226,7 +226,7 @@ def test_search_is_nearly_as_good_as_trying_all_codewords(dimension: int) -> Non
     row = torch.randint(int((stretch == 1).sum()), (4000,), generator=generator)
     sigma = tables.scale_of(row + tables.SKIP)[:, None]
     vectors = torch.randn(4000, dimension, generator=generator) * sigma
-    found = Search(points, stretch).best(vectors, row)
+    found = Search(points, stretch).best(vectors[None], row[None], torch.ones(1))[0]
     bits = tables.PRECISION - frequencies.double().log2().float()
     distance = (vectors[:, None] - points).square().sum(2)
     cost = DISTORTION * distance + bits[row]
@@ -241,7 +241,7 @@ def test_code_is_answered_by_codewords(network: Mixture) -> None:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randint(-500, 500, (2, level.channels, 3, 2), generator=generator).float()
     scale = torch.randint(0, 20, (2, level.groups, 3, 2), generator=generator).float()
-    coding = level.code(mean, scale, None)
+    coding = level.code(mean, scale, torch.zeros(len(mean)).long(), None)
     asked = next(coding)
     with pytest.raises(StopIteration) as stop:
         coding.send((asked.tables > 0).int())
@@ -355,7 +355,7 @@ def test_far_means_and_last_codewords_are_exact() -> None:
     factor = int(books.stretch[0, -1])
     assert factor == 4  # 50 steps are less than 3 times the largest scale, 64
     mean = torch.full((1, 2, 1, 1), float(tables.MEAN_LIMIT))
-    coding = books.code(mean, torch.full((1, 2, 1, 1), 63.0), None)
+    coding = books.code(mean, torch.full((1, 2, 1, 1), 63.0), torch.tensor([32]), None)
     next(coding)
     with pytest.raises(StopIteration) as stop:
         coding.send(torch.tensor([[50, -50]], dtype=torch.int32))

@@ -285,6 +285,17 @@ def test_the_prior_is_trained_on_finished_tokens(pictures: Trainer, photos: Path
     assert torch.equal(tokens.model.state_dict()["codebooks.4.basis"], reference)
 
 
+def test_the_synthesis_is_trained_alone(pictures: Trainer, photos: Path, tmp_path: Path) -> None:
+    checkpoint = pictures.recipe.output / CHECKPOINT
+    changes = ("steps=2", "look=64", f"start_from={checkpoint}")
+    synthesis = Trainer(load("vqgan-synthesis", photos, tmp_path, *changes), CPU, resume=False)
+    before = {name: p.detach().clone() for name, p in synthesis.model.named_parameters()}
+    synthesis.run()
+    moved = {name for name, p in synthesis.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(name.startswith("dec_") for name in moved)
+
+
 @pytest.mark.parametrize("adversarial_from", ["1", "null"])
 def test_a_loss_that_means_something_else_is_no_divergence(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adversarial_from: str

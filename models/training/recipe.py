@@ -50,8 +50,8 @@ class Recipe(BaseModel):
     unroll: int = Field(1, gt=0)
     """Frames of a step of the video model. What a frame is worth to those after it is learned only across them."""
     stage: Literal["pictures", "synthesis", "tokens", "visual"] = "pictures"
-    """Of the token model: `synthesis`, what draws pictures, alone; `tokens`, after its transforms and codebooks, its prior
-    and the restoration of lost tokens. `visual`, of the image model: after all of it, a second synthesis, for how
+    """Of the token model: `synthesis`, what draws pictures, alone; `tokens`, after its transforms and codebooks, its
+    prior and the restoration of lost tokens. `visual`, of the image model: after all of it, a second synthesis, for how
     pictures look."""
     features_from: int = Field(0, ge=0)
     """Step from which the token model is trained for features of pictures, too, and not for absolute error alone."""

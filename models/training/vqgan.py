@@ -38,7 +38,7 @@ class PictureTask(Task):
     """Transforms and codebooks of `vqgan`: L1, features, commitment, and a discriminator. See `tasks.Task`.
 
     Codebooks are clustered from latents at the first step and at `recipe.recluster`. In the stage `synthesis` only what
-    draws pictures learns: tokens, their prior and files stay as they are.
+    draws pictures learns; tokens and their prior stay.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int, step: int) -> None:
