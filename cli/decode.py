@@ -89,11 +89,11 @@ def decode(
     otherwise; for -o - the format must be given. IN may also be an .npz file of tokens. A video, which may be .clt or
     .mkv, is decoded alone and needs -o.
     """
-    from calotype.api import Decoded, strip_metadata
+    from calotype.api import Decoded
     from calotype.container import SUFFIX
     from calotype.errors import InputError
     from calotype.limits import DEFAULT_MAX_PIXELS
-    from calotype.media import write_picture
+    from calotype.media import strip_metadata, write_picture
 
     settings = ctx.ensure_object(Settings)
     if wants_video(inputs, format_, batch.output):

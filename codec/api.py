@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from calotype import container, media, rate
 from calotype.container import Header, Still
+from calotype.device import pick_device
 from calotype.errors import CalotypeError, FormatError, InputError, LimitError, ModelNotFoundError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE, MAX_TILES
-from calotype.media import Picture
+from calotype.media import Picture, as_picture
 from calotype.models import zoo
 from calotype.rate import QUALITY_STEPS, Target
 
@@ -97,25 +98,6 @@ def verify_model(name: str) -> None:
         zoo.verify_weights(name)
     except zoo.WeightsError as error:
         raise ModelNotFoundError(str(error)) from error
-
-
-def pick_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises InputError for an unknown or absent device."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"unsupported device {device!r}: use auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {device} is not here: {torch.cuda.device_count()} CUDA devices found; use --device cpu"
-        )
-    return chosen
 
 
 _LOADING = threading.Lock()
@@ -308,7 +290,9 @@ class Codec:
         Raises:
             InputError for another shape, type or range, LimitError.
         """
-        pixels = _as_bytes(x)
+        from calotype import batch
+
+        pixels = batch.as_bytes(x)
         qualities = [float(quality)] * len(pixels) if isinstance(quality, int | float) else list(quality)
         if len(qualities) != len(pixels):
             raise InputError(f"{len(qualities)} qualities for {len(pixels)} pictures: give one, or one for each")
@@ -605,39 +589,6 @@ def _describe(header: Header) -> str:
     return f"{kind} with alpha" if header.alpha else kind
 
 
-def _as_bytes(x: torch.Tensor | npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """[N, H, W, C] uint8 of a batch [N, C, H, W] of uint8 or floats in [0, 1]. Raises InputError."""
-    import torch
-
-    x = torch.as_tensor(x)
-    if x.ndim != 4 or x.shape[1] not in (1, 2, 3, 4) or 0 in x.shape[1:]:
-        raise InputError(f"a batch must be [N, 1 to 4, H, W] and its pictures not empty, got {list(x.shape)}")
-    if x.is_floating_point():
-        if not ((x >= 0) & (x <= 1)).all():
-            raise InputError("float pixels must be in [0, 1]: divide by 255 or clamp them")
-        x = x.detach().float().mul(255).round().to(torch.uint8)
-    if x.dtype != torch.uint8:
-        raise InputError(f"pixels must be uint8 or float, got {x.dtype}")
-    return np.ascontiguousarray(x.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def as_picture(image: Any) -> Picture:
-    """A `Picture` of an array [H, W] or [H, W, C] uint8, or of a Pillow image.
-
-    C is 1 gray, 3 RGB, or 2 or 4 with alpha as the last channel.
-    """
-    if isinstance(image, Picture):
-        return image
-    if hasattr(image, "getexif"):
-        return media.from_pillow(image)
-    array = np.asarray(image)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim == 3 and array.shape[2] in (2, 4):
-        return Picture(np.ascontiguousarray(array[:, :, :-1]), np.ascontiguousarray(array[:, :, -1]))
-    return Picture(array)
-
-
 def encode(image: Any, *, model: str = DEFAULT_MODEL, device: str = "auto", **options: Any) -> bytes:
     """Encode an array, Pillow image or `Picture` to the bytes of a `.clt` file; options as `Codec.encode`."""
     return Codec.load(model, device=device).encode(as_picture(image), **options).data
@@ -651,8 +602,3 @@ def decode(
     name = zoo.name_of(header.weights) or DEFAULT_MODEL
     picture = Codec.load(name, device=device, tune=tune).decode(data, **options).picture
     return picture.pixels if picture.alpha is None else np.dstack([picture.pixels, picture.alpha])
-
-
-def strip_metadata(picture: Picture, ignore: Collection[str]) -> Picture:
-    """The picture without the named metadata."""
-    return replace(picture, **dict.fromkeys(ignore))  # type: ignore[arg-type]

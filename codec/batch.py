@@ -1,14 +1,18 @@
-"""Pictures of one size through a model together, into a tensor that stays on the model's device."""
+"""Batches of pictures of one size: tensors in, and out through a model together, on its device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from calotype import windows
 from calotype.container import Still
+from calotype.errors import InputError
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.transforms import STRIDE
 from calotype.picture import PictureCoder
@@ -55,3 +59,17 @@ def _decode_group(coder: PictureCoder, stills: Mapping[int, Still], scale: int) 
         x = x[(..., *seen.relative_to(outer.scaled(STRIDE // scale)).slices)]
         out[(..., *seen.slices)] = x.add(0.5).mul(255).round().clamp(0, 255).to(torch.uint8)
     return out
+
+
+def as_bytes(x: Tensor | npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """[N, H, W, C] uint8 of a batch [N, C, H, W] of uint8 or floats in [0, 1]. Raises InputError."""
+    x = torch.as_tensor(x)
+    if x.ndim != 4 or x.shape[1] not in (1, 2, 3, 4) or 0 in x.shape[1:]:
+        raise InputError(f"a batch must be [N, 1 to 4, H, W] and its pictures not empty, got {list(x.shape)}")
+    if x.is_floating_point():
+        if not ((x >= 0) & (x <= 1)).all():
+            raise InputError("float pixels must be in [0, 1]: divide by 255 or clamp them")
+        x = x.detach().float().mul(255).round().to(torch.uint8)
+    if x.dtype != torch.uint8:
+        raise InputError(f"pixels must be uint8 or float, got {x.dtype}")
+    return np.ascontiguousarray(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -7,7 +7,8 @@ import io
 import os
 import secrets
 import threading
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,25 @@ def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
             raise
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def as_picture(image: Any) -> Picture:
+    """A `Picture` of an array [H, W] or [H, W, C] uint8, or of a Pillow image.
+
+    C is 1 gray, 3 RGB, or 2 or 4 with alpha as the last channel.
+    """
+    if isinstance(image, Picture):
+        return image
+    if hasattr(image, "getexif"):
+        return from_pillow(image)
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim == 3 and array.shape[2] in (2, 4):
+        return Picture(np.ascontiguousarray(array[:, :, :-1]), np.ascontiguousarray(array[:, :, -1]))
+    return Picture(array)
+
+
+def strip_metadata(picture: Picture, ignore: Collection[str]) -> Picture:
+    """The picture without the named metadata."""
+    return replace(picture, **dict.fromkeys(ignore))  # type: ignore[arg-type]

@@ -19,11 +19,11 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 import calotype
 from calotype import container
-from calotype.api import Codec, as_picture
+from calotype.api import Codec
 from calotype.embed import buffers, pillow, webdataset
 from calotype.embed.torch import Dataset, Loader
 from calotype.errors import DriftError, FormatError, InputError, LimitError
-from calotype.media import Picture, to_pillow
+from calotype.media import Picture, as_picture, to_pillow
 from calotype.picture import PictureCoder
 
 Make = Callable[..., Picture]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from calotype import api, container
 from calotype.api import Codec
 from calotype.errors import CalotypeError
-from calotype.media import Picture, read_picture, write_picture
+from calotype.media import Picture, as_picture, read_picture, write_picture
 from calotype.models import zoo
 from calotype.rate import Target
 from calotype.service.anchors import Format, largest_within
@@ -263,7 +263,7 @@ class Engine:
             return [_caught(self.decode, *item, _no_check) for item in items]
         seconds = {"together": time.perf_counter() - started}
         return [
-            _caught(_written, _with_metadata(api.as_picture(np.moveaxis(planes, 0, 2)), body), query.format, seconds)
+            _caught(_written, _with_metadata(as_picture(np.moveaxis(planes, 0, 2)), body), query.format, seconds)
             for planes, (query, body) in zip(pixels, items, strict=True)
         ]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, overload
 
 import torch
 
+from calotype.device import pick_device
 from calotype.errors import DriftError, FormatError, InputError
 from calotype.limits import DEFAULT_MAX_PIXELS
 from calotype.video import frames, planes
@@ -220,8 +221,6 @@ class VideoDecoder:
 
     def as_rgb(self, shown: Shown) -> torch.Tensor:
         """RGB uint8 [3, H, W] on the decoder's device."""
-        from calotype.api import pick_device
-
         x = planes.frame_rgb(shown.frame, shown.config.format.colour, pick_device(self._device))[0]
         return x.add_(0.5).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from calotype import symbols
-from calotype.api import DEFAULT_MODEL, Codec, pick_device
+from calotype.api import DEFAULT_MODEL, Codec
+from calotype.device import pick_device
 from calotype.entropy import SymbolTables
 from calotype.errors import FormatError, ModelNotFoundError
 from calotype.models import tables, zoo
