@@ -186,20 +186,27 @@ def load(name: str, device: str = "cpu", tune: Tune = "psnr") -> nn.Module:
     Raises WeightsError, also for a tune that the model does not have.
     """
     import torch
+
+    spec = describe(name)
+    data = _read_verified(name, spec.weights, spec.sha256)
+    with torch.inference_mode(False):  # whoever asks first, others may want gradients
+        return _build(spec, data, device, tune)
+
+
+def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune) -> nn.Module:
+    import torch
     from safetensors.torch import load as load_tensors
 
     from calotype.models.exact import integerise
 
-    spec = describe(name)
-    data = _read_verified(name, spec.weights, spec.sha256)
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     network = integerise(architecture(spec.architecture, json.loads(metadata["config"])))
     tensors = load_tensors(data)
     if tune == "visual":
         if spec.visual is None:
-            raise WeightsError(f"the model {name} draws pictures in one way only: leave out the tune")
-        tensors |= load_tensors(_read_verified(name, spec.visual.weights, spec.visual.sha256))
+            raise WeightsError(f"the model {spec.name} draws pictures in one way only: leave out the tune")
+        tensors |= load_tensors(_read_verified(spec.name, spec.visual.weights, spec.visual.sha256))
     own = network.state_dict()
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     network = network.to(memory_format=layout(torch.device(device)))  # type: ignore[call-overload]
