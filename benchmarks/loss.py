@@ -59,6 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="vqgan")
     parser.add_argument("--quality", type=float, default=70)
+    parser.add_argument("--effort", type=int, default=5)
     parser.add_argument("--packets", type=int, default=10)
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
@@ -70,7 +71,7 @@ def main() -> None:
     rows: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for path in sorted(arguments.input.iterdir()) if arguments.input.is_dir() else [arguments.input]:
         picture = read_picture(path)
-        tokens = codec.tokenise(picture, quality=arguments.quality)
+        tokens = codec.tokenise(picture, quality=arguments.quality, effort=arguments.effort)
         lost = chosen.sample(range(arguments.packets), round(arguments.share * arguments.packets))
         known = ~torch.isin(interleave(*tokens.indexes.shape, arguments.packets), torch.tensor(lost))
         made = variants(network, tokens, known, picture.pixels.shape[:2])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from calotype.models import tables
 from calotype.models.exact import LIMIT, QuantConv, exact_matmul
-from calotype.models.multicodebook import Book, Codebooks, channels, rate_weight, shrinkage
+from calotype.models.multicodebook import Book, Codebooks, channels, shrinkage
 from calotype.models.priors import HYPER_UNIT, Coding, CodingTables, gaussian_bits, shuffle
 from calotype.models.quantizers import KNOTS, quality_level
 from calotype.models.transforms import Rates, Transforms, TransformsConfig
@@ -138,16 +138,16 @@ class Level(Codebooks):
         mean, index = head[:, : self.channels], head[:, self.channels :]
         return mean.clamp(-tables.MEAN_LIMIT, tables.MEAN_LIMIT), index.clamp(0, tables.SCALES - 1)
 
-    def rate(self, value: Tensor, head: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def rate(self, value: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Of a latent in quantisation steps: its quantised form, in steps, and its bits [B]; differentiable."""
         mean, index = self.split(head)
         mean, index = mean / self.unit, index[:, self.group_of_channel]
         offset = value - mean
         # Codewords are chosen by rate and distortion, which draws them towards the mean. Training rounds what is left,
-        # so that the transforms get used to it.
+        # so that the transforms get used to it; not to `rate_weight`, which they would undo.
         variance = tables.scale_of(index.detach()) ** 2
         coded = index.detach() >= tables.SKIP
-        symbol = (torch.floor(offset * shrinkage(variance, rate_weight(t)[:, None, None, None]) + 0.5) * coded).detach()
+        symbol = (torch.floor(offset * shrinkage(variance) + 0.5) * coded).detach()
         if self.training:
             bits = gaussian_bits(offset + torch.rand_like(offset) - 0.5, index)
         else:
@@ -207,11 +207,11 @@ class Cascade(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             t = torch.round(t * 64) / 64
             head = self.coarse_head(y.new_zeros(y.shape[0], 1, 1, 1), t).expand(-1, -1, *coarse.shape[2:])
-            coarse, coarse_bits = self.coarse.rate(coarse.float(), head, t)
+            coarse, coarse_bits = self.coarse.rate(coarse.float(), head)
             features = self._from_coarse(_integers(coarse), t, (middle.shape[2], middle.shape[3]))
-            middle, middle_bits = self.middle.rate(middle.float(), self.middle_head(features, t), t)
+            middle, middle_bits = self.middle.rate(middle.float(), self.middle_head(features, t))
             head = self._from_middle(features, _integers(middle), t, (y.shape[2], y.shape[3]))
-            y_hat, y_bits = self.fine.rate(y.float(), head, t)
+            y_hat, y_bits = self.fine.rate(y.float(), head)
             return y_hat, y_bits, coarse_bits + middle_bits
 
     # Coding -----------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from calotype.models.priors import Request, as_rows, request
 
 DISTORTION = 6 / math.log(2)
 """Bits that a squared quantisation step of distortion is worth: `quantizers.base_step` makes it so at every quality."""
-RATE_BELOW, RATE_MORE = 0.1, 0.8
-"""Below this quality rate counts for more than that, by up to this part: else quality 0 would not be small enough."""
+RATE_BELOW, RATE_MORE = 0.06, 1.8
+"""Below this quality rate counts for more than that, 1 + `RATE_MORE` times at quality 0, so that it is small."""
 ROWS = tables.SCALES - tables.SKIP
 """Tables of a codebook: one for each scale that is coded."""
 REACH = 3.0
@@ -108,7 +108,7 @@ def rate_weight(t: Tensor) -> Tensor:
     return 1 + RATE_MORE * (1 - t / RATE_BELOW).clamp(min=0)
 
 
-def shrinkage(variance: Tensor, weight: Tensor) -> Tensor:
+def shrinkage(variance: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """What is left of a Gaussian latent's distance from its mean when its codeword is chosen by rate and distortion.
 
     In nats, `DISTORTION` (r - k)² plus the bits of k is 6 (r - k)² + w k² / 2σ²: least at r σ² / (σ² + w / 12).

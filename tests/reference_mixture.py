@@ -57,7 +57,7 @@ class Latent:
 class MixtureDecoder(Decoder):
     """Everything that a weights file of `mixture` decodes."""
 
-    coarse_blocks, fine_blocks = 3, 3
+    coarse_blocks, fine_blocks = 3, 2
 
     def __init__(self, weights: Path) -> None:
         self.weights = load_weights(weights)

@@ -47,8 +47,6 @@ class Recipe(BaseModel):
     """Photographs or clips that are looked at."""
     frames: int = Field(8, gt=1)
     """Length of a rollout of the video model, with its key frame."""
-    unroll: int = Field(1, gt=0)
-    """Frames of a step of the video model. What a frame is worth to those after it is learned only across them."""
     stage: Literal["pictures", "synthesis", "tokens", "visual"] = "pictures"
     """Of the token model: `synthesis`, what draws pictures, alone; `tokens`, after its transforms and codebooks, its
     prior and the restoration of lost tokens. `visual`, of the image model: after all of it, a second synthesis, for how

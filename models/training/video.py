@@ -159,21 +159,17 @@ class Rollouts:
         ]
         x = Planes(torch.cat([f.luma for f in frames]), torch.cat([f.chroma for f in frames]))
         field = torch.stack([s.fields[p] for s, p in zip(self.segment, self.position, strict=True)]).long()
-        prediction = compensate(Reference(self.reference), field)
+        with torch.no_grad():
+            prediction = compensate(Reference(self.reference), field)
         # Frames of a video differ in quality: rate control moves it, and some frames are worth more than others.
         varied = self.quality + QUALITY_JITTER * (2 * torch.rand(self.batch) - 1) * (torch.rand(self.batch) < 0.5)
         return x, prediction, field, self.memory, varied.clamp(0, 1)
 
     def advance(self, out: FrameRates) -> None:
-        """Make the decoded frames the next references; losses of later frames still lead back to them."""
-        # Copies, because a slot that starts anew writes into them.
-        self.reference = Planes(out.frame.luma.float().clone(), out.frame.chroma.float().clone())
-        self.memory = Memory(out.latent.detach().clone(), self.memory.key, torch.zeros_like(self.memory.first))
+        """Make the decoded frames the next references."""
+        self.reference = Planes(out.frame.luma.detach().float(), out.frame.chroma.detach().float())
+        self.memory = Memory(out.latent.detach(), self.memory.key, torch.zeros_like(self.memory.first))
         self.position = [p + 1 for p in self.position]
-
-    def detach(self) -> None:
-        """Forget how the references came about."""
-        self.reference = Planes(self.reference.luma.detach(), self.reference.chroma.detach())
 
 
 class ClipTask(Task):
@@ -199,17 +195,13 @@ class ClipTask(Task):
 
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
-        losses = []
-        for _ in range(r.unroll):
-            x, prediction, field, memory, t = next(self.rollouts)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
-                out = forward(x, prediction, field, memory, t)
-            self.rollouts.advance(out)
-            bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
-            mse = frame_error(out.frame, x)
-            losses.append(torch.stack([loss_per_sample(bpp, mse, t, r.rate_weighting).mean(), bpp.mean(), mse.mean()]))
-        self.rollouts.detach()
-        return Losses(*torch.stack(losses).mean(0))
+        x, prediction, field, memory, t = next(self.rollouts)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
+            out = forward(x, prediction, field, memory, t)
+        self.rollouts.advance(out)
+        bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
+        mse = frame_error(out.frame, x)
+        return Losses(loss_per_sample(bpp, mse, t, r.rate_weighting).mean(), bpp.mean(), mse.mean())
 
     @torch.no_grad()
     def validate(self) -> Validation:
