@@ -79,7 +79,7 @@ def main() -> None:
             rows[kind].append((psnr(picture.pixels, pixels), features.distance(picture.pixels, pixels)))
         print(path.name, *(f"{kind} {rows[kind][-1][0]:.2f} dB {rows[kind][-1][1]:.4f}" for kind in KINDS), sep="  ")
     if arguments.strip:
-        Image.fromarray(np.hstack([picture.pixels, *made.values()])).save(arguments.strip)
+        Image.fromarray(np.hstack([picture.pixels, *made.values()])).save(arguments.strip, quality=90)
     for kind in KINDS:
         decibels, distances = (statistics.fmean(values) for values in zip(*rows[kind], strict=True))
         print(f"{kind:8}  PSNR {decibels:.2f} dB  feature distance {distances:.4f}")
