@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import make_golden
 import numpy as np
 import pytest
 import torch
@@ -310,6 +311,34 @@ def test_emulated_processors(cases: dict[str, Case], tmp_path: Path, processor: 
     few = cases if os.environ.get("CALOTYPE_TEST_PHOTOS") else dict(list(cases.items())[1:2])
     single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # idle threads spin, which emulation makes dear
     check(run_worker(few, tmp_path, single, threads=(1,), prefix=[QEMU, "-cpu", processor]), few)
+
+
+GOLDEN_SCRIPT = """
+from make_golden import VIDEO, VQGAN, decode_video
+from calotype.api import Codec
+print(decode_video((VIDEO / "pan.clt").read_bytes())[1])
+data = (VQGAN / "portrait-q60.clt").read_bytes()
+codec = Codec.load("vqgan", device="cpu")
+codec.decode(data)
+print(codec.symbol_hash(data))
+"""
+
+
+@pytest.mark.skipif(os.environ.get("CALOTYPE_TEST_QEMU") != "1", reason="takes minutes: set CALOTYPE_TEST_QEMU=1")
+@pytest.mark.skipif(QEMU is None, reason="qemu-x86_64-static is not installed")
+@pytest.mark.parametrize("processor", ["Nehalem", "Haswell"])
+def test_emulated_processors_read_video_and_tokens(processor: str) -> None:
+    assert QEMU is not None
+    wanted = [
+        json.loads((folder / make_golden.INDEX).read_text(encoding="utf-8"))[name]["symbols"]
+        for folder, name in ((make_golden.VIDEO, "pan.clt"), (make_golden.VQGAN, "portrait-q60.clt"))
+    ]
+    single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [QEMU, "-cpu", processor, sys.executable, "-c", GOLDEN_SCRIPT]
+    done = subprocess.run(
+        command, cwd=make_golden.TESTS, env=os.environ | single, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == wanted
 
 
 def main() -> None:

@@ -87,6 +87,7 @@ class _Chain:
     def __init__(self, format: VideoFormat, device: str) -> None:
         self.format = format
         self.device = pick_device(device)
+        self.layout = zoo.layout(self.device)
         self.watch = Stopwatch(self.device)
         name = _name(format.intra_weights, format.intra_model)
         coder = Codec.load(name, device=str(self.device)).coder
@@ -121,7 +122,9 @@ class _Chain:
     def _after_inter(self, latent: Tensor, field: Tensor, prediction: Planes, context: Tensor, t: Tensor) -> Frame:
         self.field = field
         self.memory = Memory(latent, self.memory.key, torch.zeros(1, device=self.device))
-        return self._show(self.video.synthesise(self.video.dequantise(latent), prediction, context, t))
+        # The entropy path has channels innermost, in which torch cannot shuffle pixels everywhere.
+        y_hat = self.video.dequantise(latent).contiguous(memory_format=self.layout)
+        return self._show(self.video.synthesise(y_hat, prediction, context, t))
 
     def _show(self, decoded: Planes) -> Frame:
         self.reference = decoded
