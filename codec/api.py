@@ -163,7 +163,7 @@ class Codec:
                 is no larger, or the first that reaches the PSNR.
             tile: side in pixels of the tiles that can be decoded alone: 256, 512, 1024, 2048 or 4096.
             effort: 5, or 7 or 9: the encoder refines the latent of this picture by 6 or 20 steps of gradient descent,
-                or searches for its tokens by 8 or 30.
+                or searches for its tokens by 8 or 40.
                 Smaller files at equal quality for much more encoding time; decoding stays as it is.
             metadata: which of "icc", "exif" and "xmp" are kept.
             packets: 1 to 32 parts of each tile that can be lost one by one; above 1 with models of tokens only.

@@ -31,7 +31,7 @@ from calotype.picture import DecodeJob
 from calotype.stopwatch import Stopwatch
 from calotype.windows import Box, Progress, grid
 
-SEARCH_STEPS = {7: 8, 9: 30}
+SEARCH_STEPS = {7: 8, 9: 40}
 """Steps of the search for tokens, by effort; at other efforts they are the nearest."""
 SEARCH_WINDOW = 48
 """Tokens of the side of a window that is searched at once: gradients take some 2 kB of memory per pixel."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from calotype.models import perceptual
 from calotype.models.vqgan import STRIDE, Vqgan
 
-_RATE = 0.02
+_RATE = 0.025
 """Largest change of a latent in a step, where codewords have a mean square of about 0.2; falls as a half cosine."""
 _BETAS = (0.8, 0.95)
 """Of Adam: shorter memories than usual, because there are only tens of steps."""
-_COMMITMENT = 5.0
+_COMMITMENT = 10.0
 """Pull of latents to their codewords, per pixel: without it they run ahead of tokens that do not change."""
 _ABSOLUTE = 1.0
 """Weight of the absolute error of samples in [0, 1] against the feature distance."""
