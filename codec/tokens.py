@@ -34,7 +34,7 @@ from calotype.windows import Box, Progress, grid
 SEARCH_STEPS = {7: 8, 9: 40}
 """Steps of the search for tokens, by effort; at other efforts they are the nearest."""
 SEARCH_WINDOW = 48
-"""Tokens of the side of a window that is searched at once: gradients take some 2 kB of memory per pixel."""
+"""Tokens of the side of a window that is searched at once: gradients take some 1.5 kB of memory per pixel."""
 MAX_CODEBOOK = 2**24
 """Numbers in a codebook that is read from a file."""
 

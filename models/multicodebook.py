@@ -104,7 +104,7 @@ def frequencies(weights: Tensor) -> Tensor:
 
 
 def rate_weight(t: Tensor) -> Tensor:
-    """How much more than `DISTORTION` says rate counts when codewords are chosen, at qualities `t` [B] in [0, 1]."""
+    """How many times what `DISTORTION` says rate counts when codewords are chosen, at qualities `t` [B] in [0, 1]."""
     return 1 + RATE_MORE * (1 - t / RATE_BELOW).clamp(min=0)
 
 

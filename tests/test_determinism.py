@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -301,16 +301,28 @@ def test_cuda(cases: dict[str, Case], tmp_path: Path) -> None:
 
 
 QEMU = shutil.which("qemu-x86_64-static")
+SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Idle threads spin, which emulation makes dear."""
 
 
-@pytest.mark.skipif(os.environ.get("CALOTYPE_TEST_QEMU") != "1", reason="takes minutes: set CALOTYPE_TEST_QEMU=1")
-@pytest.mark.skipif(QEMU is None, reason="qemu-x86_64-static is not installed")
-@pytest.mark.parametrize("processor", ["Nehalem", "Haswell"])
+def emulated(test: Callable[..., None]) -> Callable[..., None]:
+    """A test for every emulated `processor`."""
+    for mark in (
+        pytest.mark.skipif(
+            os.environ.get("CALOTYPE_TEST_QEMU") != "1", reason="takes minutes: set CALOTYPE_TEST_QEMU=1"
+        ),
+        pytest.mark.skipif(QEMU is None, reason="qemu-x86_64-static is not installed"),
+        pytest.mark.parametrize("processor", ["Nehalem", "Haswell"]),
+    ):
+        test = mark(test)
+    return test
+
+
+@emulated
 def test_emulated_processors(cases: dict[str, Case], tmp_path: Path, processor: str) -> None:
     assert QEMU is not None
     few = cases if os.environ.get("CALOTYPE_TEST_PHOTOS") else dict(list(cases.items())[1:2])
-    single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # idle threads spin, which emulation makes dear
-    check(run_worker(few, tmp_path, single, threads=(1,), prefix=[QEMU, "-cpu", processor]), few)
+    check(run_worker(few, tmp_path, SINGLE, threads=(1,), prefix=[QEMU, "-cpu", processor]), few)
 
 
 GOLDEN_SCRIPT = """
@@ -324,19 +336,16 @@ print(codec.symbol_hash(data))
 """
 
 
-@pytest.mark.skipif(os.environ.get("CALOTYPE_TEST_QEMU") != "1", reason="takes minutes: set CALOTYPE_TEST_QEMU=1")
-@pytest.mark.skipif(QEMU is None, reason="qemu-x86_64-static is not installed")
-@pytest.mark.parametrize("processor", ["Nehalem", "Haswell"])
+@emulated
 def test_emulated_processors_read_video_and_tokens(processor: str) -> None:
     assert QEMU is not None
     wanted = [
         json.loads((folder / make_golden.INDEX).read_text(encoding="utf-8"))[name]["symbols"]
         for folder, name in ((make_golden.VIDEO, "pan.clt"), (make_golden.VQGAN, "portrait-q60.clt"))
     ]
-    single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [QEMU, "-cpu", processor, sys.executable, "-c", GOLDEN_SCRIPT]
     done = subprocess.run(
-        command, cwd=make_golden.TESTS, env=os.environ | single, capture_output=True, text=True, check=True
+        command, cwd=make_golden.TESTS, env=os.environ | SINGLE, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == wanted
 

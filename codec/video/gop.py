@@ -87,13 +87,12 @@ class _Chain:
     def __init__(self, format: VideoFormat, device: str) -> None:
         self.format = format
         self.device = pick_device(device)
-        self.layout = zoo.layout(self.device)
         self.watch = Stopwatch(self.device)
         name = _name(format.intra_weights, format.intra_model)
         coder = Codec.load(name, device=str(self.device)).coder
         if not isinstance(coder, PictureCoder):
             raise ModelNotFoundError(f"model {name!r} does not code key frames: the video is damaged")
-        self.image, self.image_tables = coder.network, coder.tables
+        self.image, self.image_tables, self.layout = coder.network, coder.tables, coder.layout
         self.reference: Planes | None = None
 
     @functools.cached_property

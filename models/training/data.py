@@ -6,6 +6,7 @@ import queue
 import random
 import threading
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -32,6 +33,13 @@ def load_rgb(path: Path) -> np.ndarray:
 def to_tensor(photo: np.ndarray) -> Tensor:
     """[H, W, 3] uint8 to [1, 3, H, W] in [-0.5, 0.5]."""
     return torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255 - 0.5
+
+
+def random_part(rng: random.Random, crop: int, side: int) -> tuple[EllipsisType, slice, slice]:
+    """Where a square of `side`, at most the crop, lies in a crop [..., P, P]: at whole multiples of 16 pixels."""
+    side = min(side, crop)
+    top, left = (16 * rng.randrange((crop - side) // 16 + 1) for _ in range(2))
+    return ..., slice(top, top + side), slice(left, left + side)
 
 
 class RandomCrops:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calotype.models import perceptual
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.adversary import Adversary
-from calotype.models.training.data import RandomCrops
+from calotype.models.training.data import RandomCrops, random_part
 from calotype.models.training.photos import validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
@@ -46,9 +46,7 @@ class VisualTask(Task):
         self.model.eval()  # rates are not trained, and latents are rounded as in coding
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t)
-        side = min(r.look, r.crop)
-        top, left = (16 * self.random.randrange((r.crop - side) // 16 + 1) for _ in range(2))
-        look = (..., slice(top, top + side), slice(left, left + side))
+        look = random_part(self.random, r.crop, r.look)
         # The losses are driven back as far as the picture here, so that the discriminator can be weighed against them.
         drawn = out.x_hat.detach().float().requires_grad_()
         mse = (drawn - x).square().mean((1, 2, 3))

@@ -13,7 +13,7 @@ from calotype.models.codebook import cluster, nearest
 from calotype.models.restoration import WINDOW
 from calotype.models.tokens import PASSES, bits, interleave, ranks
 from calotype.models.training.adversary import Adversary
-from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
+from calotype.models.training.data import RandomCrops, find_photos, load_rgb, random_part, to_tensor
 from calotype.models.training.photos import validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
@@ -74,9 +74,7 @@ class PictureTask(Task):
         # The losses of the picture are driven back as far as the picture here, so that the discriminator can be
         # weighed against them; the network then gets one gradient.
         drawn = out.x_hat.detach().requires_grad_()
-        side = min(r.look, r.crop)
-        top, left = (16 * self.random.randrange((r.crop - side) // 16 + 1) for _ in range(2))
-        look = (..., slice(top, top + side), slice(left, left + side))
+        look = random_part(self.random, r.crop, r.look)
         picture = (drawn - x).abs().mean()
         if self.step > r.features_from:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
