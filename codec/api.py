@@ -159,11 +159,11 @@ class Codec:
 
         Args:
             quality: 0 (smallest) to 100 (best), in steps of 0.1; ignored if there is a target.
-            target: end just below a size or rate, or at a PSNR; with a model of tokens the best step of its ladder that
-                is no larger, or the first that reaches the PSNR.
+            target: end just below a size or rate, or at a PSNR; with a model of tokens the best of every fifth quality
+                that is no larger, or the first that reaches the PSNR.
             tile: side in pixels of the tiles that can be decoded alone: 256, 512, 1024, 2048 or 4096.
             effort: 5, or 7 or 9: the encoder refines the latent of this picture by 6 or 20 steps of gradient descent,
-                or searches for its tokens by 8 or 40.
+                or searches for its tokens by 10 or 48.
                 Smaller files at equal quality for much more encoding time; decoding stays as it is.
             metadata: which of "icc", "exif" and "xmp" are kept.
             packets: 1 to 32 parts of each tile that can be lost one by one; above 1 with models of tokens only.
@@ -214,7 +214,7 @@ class Codec:
                 return (len(data) * 8 / area if target.kind == "bpp" else float(len(data))), (data, None)
 
             if isinstance(coder, TokenCoder):
-                step, (data, reached) = rate.climb(target, coder.qualities(), trial)
+                step, (data, reached) = rate.bisect(target, trial)
             else:
                 step, (data, reached) = rate.search(target, trial)
             if progress:

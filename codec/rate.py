@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -16,6 +16,7 @@ PSNR_TOLERANCE = 0.1
 """dB"""
 _AROUND = (4, 9, 15, 25, 40)
 """Steps of quality on both sides of a jump that are tried."""
+SPARSE_QUALITIES = range(0, QUALITY_STEPS + 1, 50)
 _UNITS = {"size": "bytes", "bpp": "bpp", "psnr": "dB"}
 
 
@@ -78,22 +79,25 @@ def search(target: Target, trial: Callable[[int], tuple[float, T]]) -> tuple[int
     return _choose(target, tried)
 
 
-def climb(target: Target, qualities: Sequence[int], trial: Callable[[int], tuple[float, T]]) -> tuple[int, T]:
-    """As `search` where there are only a few `qualities`, in rising order.
+def bisect(target: Target, trial: Callable[[int], tuple[float, T]]) -> tuple[int, T]:
+    """As `search` for models whose values rise in jumps, over `SPARSE_QUALITIES`.
 
-    A size or rate is met by the last that is not above it, a PSNR by the first that reaches it.
+    A size or rate is met by the last quality that is not above it, a PSNR by the first that reaches it.
     """
     values: list[float] = []
+    below, above = -1, len(SPARSE_QUALITIES)
     met: tuple[int, T] | None = None
-    for quality in qualities:
-        value, result = trial(quality)
+    while above - below > 1:
+        middle = (below + above) // 2
+        value, result = trial(SPARSE_QUALITIES[middle])
         values.append(value)
-        if target.kind == "psnr" and value >= target.value:
-            return quality, result
-        if target.kind != "psnr":
-            if value > target.value:
-                break
-            met = quality, result
+        high = value >= target.value if target.kind == "psnr" else value > target.value
+        if high == (target.kind == "psnr"):
+            met = SPARSE_QUALITIES[middle], result
+        if high:
+            above = middle
+        else:
+            below = middle
     if met is None:
         unit = _UNITS[target.kind]
         nearest, bound = (max(values), "most") if target.kind == "psnr" else (min(values), "least")

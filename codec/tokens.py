@@ -21,9 +21,8 @@ from calotype.container import payload_name
 from calotype.entropy import NO_TABLES
 from calotype.errors import DriftError, FormatError, InputError, LimitError
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
+from calotype.models import token_choice
 from calotype.models.blocks import bfloat16_is_fast
-from calotype.models.quantizers import QUALITY_STEPS
-from calotype.models.token_search import search
 from calotype.models.tokens import interleave
 from calotype.models.vqgan import STRIDE, Vqgan
 from calotype.models.zoo import layout
@@ -31,8 +30,8 @@ from calotype.picture import DecodeJob
 from calotype.stopwatch import Stopwatch
 from calotype.windows import Box, Progress, grid
 
-SEARCH_STEPS = {7: 8, 9: 40}
-"""Steps of the search for tokens, by effort; at other efforts they are the nearest."""
+SEARCH_STEPS = {7: 10, 9: 48}
+"""Steps of the search for tokens, by effort; at other efforts they are those near to the latent."""
 SEARCH_WINDOW = 48
 """Tokens of the side of a window that is searched at once: gradients take some 1.5 kB of memory per pixel."""
 MAX_CODEBOOK = 2**24
@@ -44,11 +43,6 @@ class TokenCoder:
 
     def __init__(self, network: Vqgan, device: torch.device) -> None:
         self.network, self.device, self.layout = network, device, layout(device)
-
-    def qualities(self) -> list[int]:
-        """The lowest integer quality of each step of the ladder."""
-        steps = len(self.network.config.ladder)
-        return [-(-step * QUALITY_STEPS // steps) for step in range(steps)]
 
     def codebook(self, quality: int) -> npt.NDArray[np.float32]:
         """The codewords [K, D] at an integer quality."""
@@ -88,6 +82,7 @@ class TokenCoder:
         rows, columns = -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE)
         tokens = torch.empty(rows, columns, dtype=torch.int64)
         whole, step = Box(0, 0, rows, columns), self.network.ladder_step(quality)
+        weight, place = self.network.rate_weight(quality), torch.tensor([step], device=self.device)
         all_windows = grid(whole, SEARCH_WINDOW) if effort in SEARCH_STEPS else windows.split(whole)
         for count, window in enumerate(all_windows):
             with watch("load"):
@@ -96,21 +91,23 @@ class TokenCoder:
             if effort in SEARCH_STEPS:
                 report = windows.part(progress, count / len(all_windows), 1 / len(all_windows))
                 with watch("refine"):
-                    found = self._search(x, step, SEARCH_STEPS[effort], report)
+                    found = self._search(x, step, weight, SEARCH_STEPS[effort], report)
             else:
                 with watch("transform"):
-                    found = self.network.analyse(x, step)
+                    y = self.network.latent(x, place)
+                with watch("prior"):
+                    found = token_choice.choose(self.network, y, step, weight)
             tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
             if progress:
                 progress((count + 1) / len(all_windows))
         return tokens
 
-    def _search(self, x: Tensor, step: int, steps: int, progress: Progress | None) -> Tensor:
+    def _search(self, x: Tensor, step: int, weight: float, steps: int, progress: Progress | None) -> Tensor:
         bf16 = self.device.type == "cuda" or bfloat16_is_fast(self.device)
         with torch.inference_mode(False):
             # What was computed in inference mode has no place in a graph: copies have.
             try:
-                return search(self.network, x.clone(), step, steps, bf16=bf16, progress=progress)
+                return token_choice.search(self.network, x.clone(), step, weight, steps, bf16=bf16, progress=progress)
             except ImportError as error:
                 raise InputError(
                     f"the search for tokens needs {error.name}: pip install 'calotype[eval]', or use effort 5"

@@ -135,9 +135,12 @@ def _halves(field: Tensor, axis: int) -> Tensor:
 
 CANDIDATES = 5
 """A vector is one of its neighbours' (the most frequent first), or the one at its place in the frame before, or new."""
-_KINDS, _GRADES, _BASE = 5, 8, 4
-HALF_WIDTHS = (3,) * (_KINDS * 8) + (32,) * (_KINDS * _GRADES * 3)
-"""Tables of a field: which candidate (40 contexts), then the components of new vectors (120 contexts).
+_KINDS, _BASE = 5, 4
+_SPREADS, _FIRSTS = (1, 2, 3, 5, 9, 17, 33, 65, 129), (1, 3, 9, 33)
+"""Where the next class begins of how far the neighbours differ, and of how far dy was from its prediction."""
+_CHOICES, _ROWS = _KINDS * 4 * 2 * 5, 2 * (len(_SPREADS) + 1)
+HALF_WIDTHS = (3,) * _CHOICES + (127,) * (_ROWS + (len(_SPREADS) + 1) * (len(_FIRSTS) + 1))
+"""Tables of a field: which candidate (200 contexts), then dy (20) and dx (50) of new vectors.
 
 Table i holds the symbols -HALF_WIDTHS[i] .. HALF_WIDTHS[i], then an escape. The candidate's number, 5 for a new vector,
 is coded minus 3; a component of a new vector as its difference from the prediction in quarter pixels.
@@ -169,14 +172,16 @@ class Surroundings(NamedTuple):
 
     candidates: [5, B, 2, n]; prediction: [B, 2, n], of a new vector; spread: [B, 2, n], of the neighbours;
     votes: [B, n], how many of the four neighbours (1 to 4) have the first candidate;
-    steady: [B, n], whether the frame before has it too (0 or 1).
+    still: [B, n], whether that is zero (0 or 1);
+    calm: [B, n], at how many of the four places (0 to 4) the frame before had the vector that it had here.
     """
 
     candidates: Tensor
     prediction: Tensor
     spread: Tensor
     votes: Tensor
-    steady: Tensor
+    still: Tensor
+    calm: Tensor
 
 
 def look_around(field: Tensor, previous: Tensor, kind: int, distance: int, y: Tensor, x: Tensor) -> Surroundings:
@@ -188,18 +193,20 @@ def look_around(field: Tensor, previous: Tensor, kind: int, distance: int, y: Te
     rows, columns = field.shape[2:]
     known, step = (previous, 1) if kind == 0 else (field, distance)
     offsets = ((-1, -1), (-1, 1), (1, -1), (1, 1)) if kind in (1, 3) else ((-1, 0), (0, -1), (0, 1), (1, 0))
-    values, valid = [], []
+    before = previous[:, :, y, x]
+    values, valid, calm = [], [], torch.zeros_like(before[:, 0])
     for dy, dx in offsets:
         ny, nx = y + dy * step, x + dx * step
         valid.append((ny >= 0) & (ny < rows) & (nx >= 0) & (nx < columns))
-        values.append(known[:, :, ny.clamp(0, rows - 1), nx.clamp(0, columns - 1)])
+        ny, nx = ny.clamp(0, rows - 1), nx.clamp(0, columns - 1)
+        values.append(known[:, :, ny, nx])
+        calm += (previous[:, :, ny, nx] == before).all(1)
     # A neighbour outside of the frame counts as the first that is inside.
     inside = values[0]
     for value, ok in zip(values[::-1], valid[::-1], strict=True):
         inside = torch.where(ok, value, inside)
     around = torch.stack([torch.where(ok, value, inside) for value, ok in zip(values, valid, strict=True)])
     most, least = around.amax(0), around.amin(0)
-    before = previous[:, :, y, x]
     votes = (around[:, None] == around[None]).all(3).sum(1)
     # By votes, then in the order above; a sort of distinct keys has one result everywhere.
     order = (votes * 4 - torch.arange(4, device=votes.device)[:, None, None]).argsort(0, descending=True)
@@ -209,14 +216,14 @@ def look_around(field: Tensor, previous: Tensor, kind: int, distance: int, y: Te
         torch.div(around.sum(0) - most - least, 2, rounding_mode="floor"),
         most - least,
         votes.amax(0),
-        (ranked[0] == before).all(1).long(),
+        (ranked[0] == 0).all(1).long(),
+        calm,
     )
 
 
-def grade(spread: Tensor) -> Tensor:
-    """0 for no spread, then one more each time it doubles: 0, 1, 2, 3-4, 5-8, ... up to 7."""
-    limits = torch.tensor([1, 2, 3, 5, 9, 17, 33], device=spread.device)
-    return torch.bucketize(spread, limits, right=True)
+def _class(magnitude: Tensor, limits: Sequence[int]) -> Tensor:
+    """How many of the limits are not above it."""
+    return torch.bucketize(magnitude, torch.tensor(limits, device=magnitude.device), right=True)
 
 
 def code_field(
@@ -241,18 +248,21 @@ def code_field(
                 [(around.candidates == vectors).all(2), torch.ones_like(around.votes[None], dtype=torch.bool)]
             )
             number = same.int().argmax(0)
-        context = first_table + (kind * 4 + around.votes - 1) * 2 + around.steady
-        answer = yield Request(context.to(torch.uint8), None if number is None else (number - 3).to(torch.int32))
+        context = first_table + ((kind * 4 + around.votes - 1) * 2 + around.still) * 5 + around.calm
+        answer = yield Request(context.to(torch.int16), None if number is None else (number - 3).to(torch.int32))
         number = answer.to(previous.device, torch.int64) + 3
         new = number >= CANDIDATES
         chosen = around.candidates.gather(0, number.clamp(0, CANDIDATES - 1)[None, :, None].expand(1, -1, 2, -1))[0]
-        context = first_table + _KINDS * 8 + (kind * _GRADES + grade(around.spread)) * 3
+        spread = _class(around.spread, _SPREADS)
         difference = torch.zeros_like(chosen)
         for component in (0, 1):
-            # The second component knows whether the first was as predicted.
-            state = 0 if component == 0 else 1 + (difference[:, 0] != 0).long()
+            if component == 0:
+                context = _CHOICES + spread[:, 0] + (kind > 0) * (len(_SPREADS) + 1)
+            else:
+                far = _class(difference[:, 0].abs(), _FIRSTS)
+                context = _CHOICES + _ROWS + spread[:, 1] * (len(_FIRSTS) + 1) + far
             # Table 0 is among those that are not coded.
-            table = torch.where(new, context[:, component] + state, 0).to(torch.uint8)
+            table = torch.where(new, first_table + context, 0).to(torch.int16)
             symbols = None
             if vectors is not None:
                 symbols = ((vectors - around.prediction)[:, component] * new).to(torch.int32)
@@ -267,20 +277,20 @@ def fit_tables(counts: Sequence[Tensor]) -> Tensor:
     """Frequencies of all tables, one after another, from counts [2 HALF_WIDTHS[i] + 2], escapes last; int32.
 
     Contexts are smoothed towards a general law, so that what was rarely seen still has a fair price: uniform for the
-    number of a candidate, two-sided geometric for a component.
+    number of a candidate, that of all contexts for a component.
     """
     total = 2**tables.PRECISION
+    counted = [row.double() for row in counts]
+    choice = torch.cat([torch.ones(CANDIDATES + 1), torch.full((2,), 1e-3)]).double()
+    half = HALF_WIDTHS[-1]
+    distance = (torch.arange(2 * half + 1) - half).abs()
+    component = torch.cat([(1.0 + distance) ** -1.5, torch.tensor([0.01])]).double()
+    component = component / component.sum() + torch.stack(counted[_CHOICES:]).sum(0)
     rows = []
-    for row, half in zip(counts, HALF_WIDTHS, strict=True):
-        counted = row.double()
-        seen = counted.sum()
-        magnitude = (torch.arange(2 * half + 1) - half).abs().double()
-        mean = ((counted[:-1] * magnitude).sum() + 1) / (seen + 2) if half > CANDIDATES else torch.tensor(1e9)
-        law = (mean / (1 + mean)) ** magnitude
-        law = torch.cat([law / law.sum() * 0.995, torch.tensor([0.005], dtype=torch.float64)])
-        mass = (counted + 20 * law) / (seen + 20)
+    for row, law in zip(counted, [choice] * _CHOICES + [component] * (len(counts) - _CHOICES), strict=True):
+        mass = (row + 20 * law / law.sum()) / (row.sum() + 20)
         frequency = torch.floor(mass * (total - 64 * len(mass))).long() + 64
-        frequency[half if half > CANDIDATES else 0] += total - frequency.sum()
+        frequency[mass.argmax()] += total - frequency.sum()
         rows.append(frequency)
     return torch.cat(rows).to(torch.int32)
 

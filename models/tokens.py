@@ -37,10 +37,19 @@ class Categorical(NamedTuple):
 
     frequencies: [B, n, K] int32, each at least 1, the last at least 2, with sum 2^24.
     symbols: [B, n] int32 in [0, K) when encoding, None when decoding.
+    places: [n] int64, which positions of the map they are, row after row.
     """
 
     frequencies: Tensor
     symbols: Tensor | None
+    places: Tensor
+
+
+class Choice(NamedTuple):
+    """Codewords that an encoder may take, the cheapest first: their numbers [H, W, n] int64 and bits [H, W, n]."""
+
+    tokens: Tensor
+    bits: Tensor
 
 
 TokenCoding = Generator[Categorical, Tensor, Tensor]
@@ -152,12 +161,35 @@ class TokenPrior(nn.Module):
                 with exact_matmul(device):
                     logits = self.heads[ladder_step](features[:, :, None, places], level)[:, :, 0]
                     frequencies = self.frequencies(logits.transpose(1, 2))
-                answer = yield Categorical(
-                    frequencies, None if tokens is None else tokens.flatten(1)[:, places].to(torch.int32)
-                )
+                given = None if tokens is None else tokens.flatten(1)[:, places].to(torch.int32)
+                answer = yield Categorical(frequencies, given, places)
                 found.view(batch, -1)[:, places] = answer.to(device, torch.int64)
             known.view(-1)[where] = True
         return found
+
+    @torch.no_grad()
+    def choose(self, y: Tensor, codewords: Tensor, ladder_step: int, worth: float, count: int) -> Choice:
+        """The `count` cheapest codewords [K, D] for vectors [D, H, W], those before them known as in coding.
+
+        Args:
+            worth: of a bit, in squared distance.
+        """
+        height, width = y.shape[1:]
+        vectors, half_norms = y.flatten(1).t(), codewords.square().sum(1) / 2
+        count = min(count, len(codewords))
+        tokens = torch.empty(height * width, count, dtype=torch.int64, device=y.device)
+        bits = torch.empty(height * width, count, device=y.device)
+        coding = self.code((1, height, width), ladder_step, 0, 1, device=y.device)
+        request = next(coding)
+        while True:
+            costs = tables.PRECISION - request.frequencies[0].float().log2()
+            distances = 2 * torch.addmm(half_norms, vectors[request.places], codewords.t(), alpha=-1)
+            cheapest = (distances + worth * costs).topk(count, 1, largest=False).indices
+            tokens[request.places], bits[request.places] = cheapest, costs.gather(1, cheapest)
+            try:
+                request = coding.send(cheapest[None, :, 0].to(torch.int32))
+            except StopIteration:
+                return Choice(tokens.view(height, width, count), bits.view(height, width, count))
 
     def frequencies(self, logits: Tensor) -> Tensor:
         """Integer frequencies [..., K] of integer logits [..., K]; what rounding leaves over goes to the last."""

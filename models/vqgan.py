@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from calotype.models.blocks import blocks, start_as_dct
 from calotype.models.codebook import Codebook
-from calotype.models.quantizers import Modulation
+from calotype.models.quantizers import QUALITY_STEPS, Modulation
 from calotype.models.restoration import Restorer
 from calotype.models.tokens import TokenCoding, TokenPrior
 from calotype.models.zoo import ladder_step
 
 STRIDE = 16
 """Pixels per token, each way."""
+DEAR_RATE, CHEAP_RATE = 16.0, 2.0
+"""What a bit per pixel is worth, in feature distance, at the beginning and at the end of a step of the ladder."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ class Vqgan(nn.Module):
     def ladder_step(self, quality: int) -> int:
         """The codebook of an integer quality in [0, QUALITY_STEPS]: equal parts of the range."""
         return ladder_step(quality, len(self.config.ladder))
+
+    def rate_weight(self, quality: int) -> float:
+        """What a bit per pixel is worth to an encoder, in feature distance, at an integer quality.
+
+        Falls along each step of the ladder, so that a step ends where the next begins.
+        """
+        steps = len(self.config.ladder)
+        place = quality * steps / QUALITY_STEPS - self.ladder_step(quality)
+        return DEAR_RATE * (CHEAP_RATE / DEAR_RATE) ** place
 
     def codebook(self, ladder_step: int) -> Codebook:
         """The codebook of a step of the ladder."""

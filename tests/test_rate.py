@@ -17,7 +17,7 @@ from calotype.api import Codec, psnr
 from calotype.errors import TargetError
 from calotype.media import Picture
 from calotype.models import tables
-from calotype.rate import PSNR_TOLERANCE, QUALITY_STEPS, SIZE_TOLERANCE, Target, search
+from calotype.rate import PSNR_TOLERANCE, QUALITY_STEPS, SIZE_TOLERANCE, Target, bisect, search
 
 Kind = Literal["size", "bpp", "psnr"]
 FIXED = 61
@@ -153,6 +153,33 @@ def test_ends_of_the_range(kind: Kind) -> None:
     assert run(Target(kind, math.inf), values)[0] is None
     # Even the worst is lossless: only a target of that kind could be met.
     assert run(Target("psnr", 50), [math.inf] * 1001)[0] is None
+
+
+@settings(max_examples=200)
+@given(curve=curves, kind=kinds, where=st.floats(-0.1, 1.1))
+def test_bisection_over_rising_values(curve: Curve, kind: Kind, where: float) -> None:
+    """The largest file that is not above a size, the smallest that reaches a PSNR, of every fiftieth quality."""
+    values = curve.values()
+    wanted = values[0] + where * (values[-1] - values[0])
+    trials: list[int] = []
+
+    def trial(quality: int) -> tuple[float, str]:
+        trials.append(quality)
+        return values[quality], f"file {quality}"
+
+    sparse = range(0, QUALITY_STEPS + 1, 50)
+    if kind == "psnr":
+        fitting = [q for q in sparse if values[q] >= wanted][:1]
+    else:
+        fitting = [q for q in sparse if values[q] <= wanted][-1:]
+    if not wanted > 0:
+        return
+    if fitting:
+        assert bisect(Target(kind, wanted), trial) == (fitting[0], f"file {fitting[0]}")
+    else:
+        with pytest.raises(TargetError, match="out of reach"):
+            bisect(Target(kind, wanted), trial)
+    assert len(trials) <= 5
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, -math.inf])

@@ -50,7 +50,8 @@ from calotype.media import Picture, read_picture
 from calotype.models import perceptual, zoo
 from calotype.models.exact import integerise
 from calotype.models.vqgan import STRIDE, Vqgan, VqganConfig
-from calotype.rate import Target
+from calotype.rate import QUALITY_STEPS, Target
+from calotype.stopwatch import Stopwatch
 from calotype.tokens import TokenCoder
 
 Make = Callable[..., Picture]
@@ -171,11 +172,17 @@ def test_packets_and_tiles_change_no_token(vqgan: Codec, photo: Picture) -> None
     assert len({len(data) for data in made}) == len(made)
 
 
+def lowest_qualities(coder: TokenCoder) -> list[int]:
+    """The first integer quality of each step of the ladder."""
+    steps = len(coder.network.config.ladder)
+    return [-(-step * QUALITY_STEPS // steps) for step in range(steps)]
+
+
 def test_each_step_of_the_ladder_is_reached(vqgan: Codec, coder: TokenCoder, crop: Picture) -> None:
     """Equal parts of the quality scale; each next codebook is larger, and its tokens take more bytes."""
     ladder = coder.network.config.ladder
     sizes = []
-    for quality, size in zip(coder.qualities(), ladder, strict=True):
+    for quality, size in zip(lowest_qualities(coder), ladder, strict=True):
         data = vqgan.encode(crop, quality=quality / 10).data
         info = container.probe(data)
         assert (info.model, info.packets, info.codebook) == ("vqgan", 1, size)
@@ -188,16 +195,47 @@ def test_each_step_of_the_ladder_is_reached(vqgan: Codec, coder: TokenCoder, cro
     assert sizes[-1] > sizes[0] + 10
     for quality in range(1001):
         assert zoo.codebook_size("vqgan", quality) == ladder[coder.network.ladder_step(quality)]
-    assert {coder.network.ladder_step(q - 1) for q in coder.qualities()[1:]} == set(range(len(ladder) - 1))
+    assert {coder.network.ladder_step(q - 1) for q in lowest_qualities(coder)[1:]} == set(range(len(ladder) - 1))
     assert zoo.codebook_size("hyperprior", 500) is None
 
 
 def test_entropy_coding_pays(vqgan: Codec, coder: TokenCoder, photo: Picture) -> None:
     """A file is no larger than its tokens at log2 K bits each, and what is fixed."""
-    for quality, size in zip(coder.qualities(), coder.network.config.ladder, strict=True):
+    for quality, size in zip(lowest_qualities(coder), coder.network.config.ladder, strict=True):
         tokens = -(-photo.width // STRIDE) * -(-photo.height // STRIDE)
         data = vqgan.encode(photo, quality=quality / 10, metadata=()).data
         assert len(data) <= 61 + 4 + tokens * np.log2(size) / 8 * 1.01
+
+
+def test_bits_are_dearer_at_the_beginning_of_a_step(vqgan: Codec, photo: Picture) -> None:
+    """Along a step of the ladder files grow and pictures get better, from the same codebook."""
+    made = [vqgan.encode(photo, quality=quality, metadata=()).data for quality in (80, 90, 100)]
+    assert len({vqgan.tokens_of(data).codebook.tobytes() for data in made}) == 1
+    sizes = [len(data) for data in made]
+    reached = [psnr(photo.pixels, vqgan.decode(data).picture.pixels) for data in made]
+    assert sizes[0] < 0.98 * sizes[1]
+    assert sizes[1] < 0.98 * sizes[2]
+    assert reached == sorted(reached)
+
+
+@torch.inference_mode()
+def test_choice_of_codewords(vqgan: Codec, coder: TokenCoder, photo: Picture) -> None:
+    """Without a price of bits the nearest are chosen; with one, those whose sum of distance and bits is the least."""
+    network, step, worth = coder.network, 3, 0.05
+    x = torch.tensor(photo.pixels[:160, :240]).permute(2, 0, 1)[None] / 255 - 0.5
+    y = network.latent(x, torch.tensor([step]))
+    book = network.codebook(step)
+    free, priced = (network.prior.choose(y[0], book.codewords, step, w, 4) for w in (0, worth))
+    distance_to = (y[0].movedim(0, -1)[:, :, None] - book.codewords).square().sum(-1)
+    assert (free.tokens == distance_to.topk(4, largest=False).indices).float().mean() > 0.999
+    assert (free.tokens[..., 0] == book.nearest(y)[0]).float().mean() > 0.999
+    total = [(distance_to.gather(-1, c.tokens)[..., 0] + worth * c.bits[..., 0]).mean().item() for c in (free, priced)]
+    assert total[1] < total[0]
+    ordered = distance_to.gather(-1, priced.tokens) + worth * priced.bits
+    assert (ordered.diff(dim=-1) > -1e-4).all()
+    # The bits are those that the file takes.
+    (payload,) = coder.write(priced.tokens[..., 0], 700, 1024, 1, Stopwatch(coder.device))
+    assert abs(8 * len(payload) - 32 - priced.bits[..., 0].sum()) < 33
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -314,23 +352,24 @@ def test_service_decodes_waiting_files(vqgan: Codec, synthetic: Make) -> None:
 # Targets --------------------------------------------------------------------------------------------------------------
 
 
-def test_targets_choose_a_step(vqgan: Codec, coder: TokenCoder, crop: Picture) -> None:
-    made = [vqgan.encode(crop, quality=q / 10, metadata=()) for q in coder.qualities()]
-    sizes = [len(m.data) for m in made]
-    for number, size in enumerate(sizes):
-        assert len(vqgan.encode(crop, target=Target("size", size), metadata=()).data) == size
-        if number:
-            below = vqgan.encode(crop, target=Target("bpp", (size - 1) * 8 / crop.width / crop.height), metadata=())
-            assert below.data == made[number - 1].data
-    assert vqgan.encode(crop, target=Target("size", 10**6), metadata=()).data == made[-1].data
-    with pytest.raises(TargetError, match=f"{sizes[0]} bytes at least"):
-        vqgan.encode(crop, target=Target("size", sizes[0] - 1), metadata=())
-    reached = [psnr(crop.pixels, vqgan.decode(m.data).picture.pixels) for m in made]
-    found = vqgan.encode(crop, target=Target("psnr", max(reached)), metadata=())
-    assert found.data == made[reached.index(max(reached))].data
-    assert found.psnr == max(reached)
+def test_targets_choose_a_quality(vqgan: Codec, photo: Picture) -> None:
+    made = {q: vqgan.encode(photo, quality=q / 10, metadata=()) for q in (0, 600, 650, 950, 1000)}
+    size = {q: len(m.data) for q, m in made.items()}
+    for quality in (0, 600, 950):
+        assert vqgan.encode(photo, target=Target("size", size[quality]), metadata=()).data == made[quality].data
+    area = photo.width * photo.height
+    below = vqgan.encode(photo, target=Target("bpp", (size[650] - 1) * 8 / area), metadata=())
+    assert below.data == made[600].data
+    assert vqgan.encode(photo, target=Target("size", 10**6), metadata=()).data == made[1000].data
+    with pytest.raises(TargetError, match=f"{size[0]} bytes at least"):
+        vqgan.encode(photo, target=Target("size", size[0] - 1), metadata=())
+    reached = psnr(photo.pixels, vqgan.decode(made[1000].data).picture.pixels)
+    found = vqgan.encode(photo, target=Target("psnr", reached - 0.01), metadata=())
+    assert found.psnr is not None
+    assert found.psnr >= reached - 0.01
+    assert found.data in (made[950].data, made[1000].data)
     with pytest.raises(TargetError, match="dB at most"):
-        vqgan.encode(crop, target=Target("psnr", max(reached) + 0.01), metadata=())
+        vqgan.encode(photo, target=Target("psnr", reached + 0.5), metadata=())
 
 
 def test_search_finds_tokens_that_look_better(vqgan: Codec, crop: Picture) -> None:
