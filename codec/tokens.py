@@ -34,6 +34,8 @@ SEARCH_STEPS = {7: 10, 9: 48}
 """Steps of the search for tokens, by effort; at other efforts they are those near to the latent."""
 SEARCH_WINDOW = 48
 """Tokens of the side of a window that is searched at once: gradients take some 1.5 kB of memory per pixel."""
+CHOICE_WINDOW = 64
+"""Tokens of the side of a window that is chosen at once otherwise: those of a tile of the usual size."""
 MAX_CODEBOOK = 2**24
 """Numbers in a codebook that is read from a file."""
 
@@ -79,30 +81,64 @@ class TokenCoder:
 
         Raises InputError at the efforts of `SEARCH_STEPS` if the network that judges pictures is not installed.
         """
-        rows, columns = -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE)
-        tokens = torch.empty(rows, columns, dtype=torch.int64)
-        whole, step = Box(0, 0, rows, columns), self.network.ladder_step(quality)
-        weight, place = self.network.rate_weight(quality), torch.tensor([step], device=self.device)
-        all_windows = grid(whole, SEARCH_WINDOW) if effort in SEARCH_STEPS else windows.split(whole)
-        for count, window in enumerate(all_windows):
-            with watch("load"):
-                outer = window.grown(self.network.halo, rows, columns)
-                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
-            if effort in SEARCH_STEPS:
-                report = windows.part(progress, count / len(all_windows), 1 / len(all_windows))
-                with watch("refine"):
-                    found = self._search(x, step, weight, SEARCH_STEPS[effort], report)
-            else:
-                with watch("transform"):
-                    y = self.network.latent(x, place)
-                with watch("prior"):
-                    found = token_choice.choose(self.network, y, step, weight)
-            tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
+        whole = Box(0, 0, -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE))
+        if effort in SEARCH_STEPS:
+            return self._searched(pixels, whole, quality, SEARCH_STEPS[effort], watch, progress)
+        latent = self._latent(pixels, whole, quality, watch, windows.part(progress, 0, 0.5))
+        tokens = torch.empty(whole.shape, dtype=torch.int64)
+        step, weight = self.network.ladder_step(quality), self.network.rate_weight(quality)
+        boxes = grid(whole, CHOICE_WINDOW)
+        for count, box in enumerate(boxes, 1):
+            with watch("prior"):
+                tokens[box.slices] = token_choice.choose(self.network, latent[(..., *box.slices)], step, weight)[
+                    0
+                ].cpu()
             if progress:
-                progress((count + 1) / len(all_windows))
+                progress(0.5 + 0.5 * count / len(boxes))
         return tokens
 
-    def _search(self, x: Tensor, step: int, weight: float, steps: int, progress: Progress | None) -> Tensor:
+    def _latent(
+        self, pixels: npt.NDArray[np.uint8], whole: Box, quality: int, watch: Stopwatch, progress: Progress | None
+    ) -> Tensor:
+        """The latent [1, D, h, w] of a picture of `whole` tokens."""
+        steps = torch.tensor([self.network.ladder_step(quality)], device=self.device)
+        latent = torch.empty(1, self.network.config.codeword, *whole.shape, device=self.device)
+        all_windows = windows.split(whole)
+        for count, window in enumerate(all_windows, 1):
+            outer = window.grown(self.network.halo, *whole.shape)
+            with watch("load"):
+                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
+            with watch("transform"):
+                y = self.network.latent(x, steps)
+                latent[(..., *window.slices)] = y[(..., *window.relative_to(outer).slices)]
+            if progress:
+                progress(count / len(all_windows))
+        return latent
+
+    def _searched(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        whole: Box,
+        quality: int,
+        steps: int,
+        watch: Stopwatch,
+        progress: Progress | None,
+    ) -> Tensor:
+        """Tokens [h, w] from so many steps of a search, window by window."""
+        tokens = torch.empty(whole.shape, dtype=torch.int64)
+        all_windows = grid(whole, SEARCH_WINDOW)
+        for count, window in enumerate(all_windows):
+            outer = window.grown(self.network.halo, *whole.shape)
+            with watch("load"):
+                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
+            report = windows.part(progress, count / len(all_windows), 1 / len(all_windows))
+            with watch("refine"):
+                found = self._search(x, quality, steps, report)
+            tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
+        return tokens
+
+    def _search(self, x: Tensor, quality: int, steps: int, progress: Progress | None) -> Tensor:
+        step, weight = self.network.ladder_step(quality), self.network.rate_weight(quality)
         bf16 = self.device.type == "cuda" or bfloat16_is_fast(self.device)
         with torch.inference_mode(False):
             # What was computed in inference mode has no place in a graph: copies have.
