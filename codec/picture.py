@@ -208,25 +208,11 @@ class PictureCoder:
 
     def _analyse(self, pixels: npt.NDArray[np.uint8], quality: int, watch: Stopwatch) -> Tensor:
         """Latent [1, M, ceil(H/16), ceil(W/16)] of the whole picture, on the CPU unless it is one window."""
-        height, width = pixels.shape[:2]
-        rows, columns = -(-height // STRIDE), -(-width // STRIDE)
         _, t = self._quality(quality)
-        all_windows = windows.split(Box(0, 0, rows, columns))
-        latent = None
-        for window in all_windows:
-            with watch("load"):
-                outer = window.grown(self.network.halo, rows, columns)
-                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
-            with watch("transform"):
-                y = self.transforms.analyse(x, t)
-                inner = y[(..., *window.relative_to(outer).slices)]
-                if len(all_windows) == 1:
-                    return inner
-                if latent is None:
-                    latent = torch.empty(1, rows, columns, y.shape[1]).permute(0, 3, 1, 2)
-                latent[(..., *window.slices)] = inner.cpu()
-        assert latent is not None
-        return latent
+        return windows.analyse(
+            lambda x, _: self.transforms.analyse(x, t), pixels, side=windows.WINDOW, halo=self.network.halo,
+            device=self.device, layout=self.layout, watch=watch,
+        )  # fmt: skip
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 

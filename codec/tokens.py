@@ -6,6 +6,7 @@ Each tile consists of packets that are decoded one by one; what is lost with one
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import zipfile
@@ -81,73 +82,39 @@ class TokenCoder:
 
         Raises InputError at the efforts of `SEARCH_STEPS` if the network that judges pictures is not installed.
         """
-        whole = Box(0, 0, -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE))
-        if effort in SEARCH_STEPS:
-            return self._searched(pixels, whole, quality, SEARCH_STEPS[effort], watch, progress)
-        latent = self._latent(pixels, whole, quality, watch, windows.part(progress, 0, 0.5))
-        tokens = torch.empty(whole.shape, dtype=torch.int64)
         step, weight = self.network.ladder_step(quality), self.network.rate_weight(quality)
-        boxes = grid(whole, CHOICE_WINDOW)
+        analyse = functools.partial(
+            windows.analyse, pixels=pixels, halo=self.network.halo, device=self.device, layout=self.layout, watch=watch
+        )
+        if effort in SEARCH_STEPS:
+            search = functools.partial(self._search, step=step, weight=weight, steps=SEARCH_STEPS[effort])
+            return analyse(search, side=SEARCH_WINDOW, stage="refine", progress=progress)[0, 0].cpu()
+        steps = torch.tensor([step], device=self.device)
+        latent = analyse(
+            lambda x, _: self.network.latent(x, steps), side=windows.WINDOW, progress=windows.part(progress, 0, 0.5)
+        )
+        tokens = torch.empty(latent.shape[2:], dtype=torch.int64)
+        boxes = grid(Box(0, 0, *tokens.shape), CHOICE_WINDOW)
         for count, box in enumerate(boxes, 1):
             with watch("prior"):
-                tokens[box.slices] = token_choice.choose(self.network, latent[(..., *box.slices)], step, weight)[
-                    0
-                ].cpu()
+                y = latent[(..., *box.slices)].to(self.device)
+                tokens[box.slices] = token_choice.choose(self.network, y, step, weight)[0].cpu()
             if progress:
                 progress(0.5 + 0.5 * count / len(boxes))
         return tokens
 
-    def _latent(
-        self, pixels: npt.NDArray[np.uint8], whole: Box, quality: int, watch: Stopwatch, progress: Progress | None
-    ) -> Tensor:
-        """The latent [1, D, h, w] of a picture of `whole` tokens."""
-        steps = torch.tensor([self.network.ladder_step(quality)], device=self.device)
-        latent = torch.empty(1, self.network.config.codeword, *whole.shape, device=self.device)
-        all_windows = windows.split(whole)
-        for count, window in enumerate(all_windows, 1):
-            outer = window.grown(self.network.halo, *whole.shape)
-            with watch("load"):
-                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
-            with watch("transform"):
-                y = self.network.latent(x, steps)
-                latent[(..., *window.slices)] = y[(..., *window.relative_to(outer).slices)]
-            if progress:
-                progress(count / len(all_windows))
-        return latent
-
-    def _searched(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        whole: Box,
-        quality: int,
-        steps: int,
-        watch: Stopwatch,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Tokens [h, w] from so many steps of a search, window by window."""
-        tokens = torch.empty(whole.shape, dtype=torch.int64)
-        all_windows = grid(whole, SEARCH_WINDOW)
-        for count, window in enumerate(all_windows):
-            outer = window.grown(self.network.halo, *whole.shape)
-            with watch("load"):
-                x = windows.load(pixels, outer.scaled(STRIDE), self.device, self.layout)
-            report = windows.part(progress, count / len(all_windows), 1 / len(all_windows))
-            with watch("refine"):
-                found = self._search(x, quality, steps, report)
-            tokens[window.slices] = found[(0, *window.relative_to(outer).slices)].cpu()
-        return tokens
-
-    def _search(self, x: Tensor, quality: int, steps: int, progress: Progress | None) -> Tensor:
-        step, weight = self.network.ladder_step(quality), self.network.rate_weight(quality)
+    def _search(self, x: Tensor, progress: Progress | None, *, step: int, weight: float, steps: int) -> Tensor:
+        """Tokens [1, 1, h, w] of a part [1, 3, H, W] from so many steps."""
         bf16 = self.device.type == "cuda" or bfloat16_is_fast(self.device)
         with torch.inference_mode(False):
             # What was computed in inference mode has no place in a graph: copies have.
             try:
-                return token_choice.search(self.network, x.clone(), step, weight, steps, bf16=bf16, progress=progress)
+                found = token_choice.search(self.network, x.clone(), step, weight, steps, bf16=bf16, progress=progress)
             except ImportError as error:
                 raise InputError(
                     f"the search for tokens needs {error.name}: pip install 'calotype[eval]', or use effort 5"
                 ) from error
+        return found[:, None]
 
     @torch.inference_mode()
     def write(

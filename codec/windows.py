@@ -94,6 +94,47 @@ def load(pixels: npt.NDArray[np.uint8], box: Box, device: torch.device, layout: 
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=layout)
 
 
+def analyse(
+    transform: Callable[[Tensor, Progress | None], Tensor],
+    pixels: npt.NDArray[np.uint8],
+    *,
+    side: int,
+    halo: int,
+    device: torch.device,
+    layout: torch.memory_format,
+    watch: Stopwatch,
+    stage: str = "transform",
+    progress: Progress | None = None,
+) -> Tensor:
+    """What `transform` makes of pixels [H, W, C], window by window: [1, M, ceil(H/16), ceil(W/16)].
+
+    On the CPU unless it is one window.
+
+    Args:
+        transform: from a part [1, 3, H, W] in [-0.5, 0.5] to its [1, M, H/16, W/16].
+        side: of a window, in latent positions.
+        halo: latent positions around a window that its result depends on.
+        stage: what the watch calls it.
+    """
+    whole = Box(0, 0, -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE))
+    windows = grid(whole, side)
+    result = None
+    for count, window in enumerate(windows):
+        outer = window.grown(halo, *whole.shape)
+        with watch("load"):
+            x = load(pixels, outer.scaled(STRIDE), device, layout)
+        with watch(stage):
+            y = transform(x, part(progress, count / len(windows), 1 / len(windows)))
+            inner = y[(..., *window.relative_to(outer).slices)]
+            if len(windows) > 1:
+                if result is None:
+                    result = torch.empty(1, *whole.shape, y.shape[1], dtype=y.dtype).permute(0, 3, 1, 2)
+                result[(..., *window.slices)] = inner.cpu()
+        if progress:
+            progress((count + 1) / len(windows))
+    return inner if result is None else result
+
+
 def draw(
     synthesise: Callable[[tuple[slice, slice]], Tensor],
     canvas: Box,
