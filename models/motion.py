@@ -303,23 +303,25 @@ COARSE_RANGE = 10
 """... over this many of its pixels each way."""
 THRESHOLD = 2
 """Times the cost of a bit: differences below that are mostly not coded, and only their squares count."""
+COLOURS = 4
+"""Weight of a sample of a chroma plane against one of luma, of which there are four times as many."""
 
 
-def search(current: Tensor, reference: Reference, bit_cost: float, previous: Tensor | None = None) -> Tensor:
+def search(current: Planes, reference: Reference, bit_cost: float, previous: Tensor | None = None) -> Tensor:
     """Find a smooth field that predicts `current`, by block matching.
 
     Coarse exhaustive search, then rounds in which each block tries its neighbours' vectors and small changes of its
-    own. The cost is the sum of absolute differences (of squares where they are small) plus `bit_cost` times a
-    logarithmic roughness of the field.
+    own, at last with an eye on colours. The cost is the sum of absolute differences (of squares where they are small)
+    plus `bit_cost` times a logarithmic roughness of the field.
 
     Args:
-        current: luma [B, 1, H, W] in [-0.5, 0.5]; sides are multiples of 16.
+        current: luma sides are multiples of 16.
         bit_cost: what a bit of motion may save in absolute differences (sum over pixels, in [0, 1] units).
         previous: field of the frame before, a candidate everywhere.
     Returns:
         [B, 2, H/8, W/8] int64 in quarter pixels.
     """
-    coarse = _coarse(current, reference.luma) * (COARSE * PEL)
+    coarse = _coarse(current.luma, reference.luma) * (COARSE * PEL)
     field = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
     state = _State(current, reference, bit_cost, torch.zeros_like(field))
     state.attempt(field)
@@ -330,6 +332,7 @@ def search(current: Tensor, reference: Reference, bit_cost: float, previous: Ten
         for _ in range(rings):
             state.perturb(step)
         state.propagate()
+    state.see_colours()
     for side in (2, 4, 8, 4, 2):
         state.merge(side)
     state.propagate()
@@ -369,16 +372,26 @@ def _coarse(current: Tensor, reference: Tensor) -> Tensor:
 class _State:
     """A field under improvement, with the matching cost of each block."""
 
-    def __init__(self, current: Tensor, reference: Reference, bit_cost: float, field: Tensor) -> None:
-        self.current, self.reference, self.bit_cost = current[:, 0], reference, bit_cost
-        self.field = field
+    def __init__(self, current: Planes, reference: Reference, bit_cost: float, field: Tensor) -> None:
+        self.current, self.reference, self.bit_cost = current, reference, bit_cost
+        self.field, self.colours = field, False
         self.cost = self._match(field)
+
+    def see_colours(self) -> None:
+        """From here on differences of chroma count, too."""
+        self.colours = True
+        self.cost = self._match(self.field)
 
     def _match(self, field: Tensor) -> Tensor:
         limit = THRESHOLD * self.bit_cost
-        loss = F.huber_loss(self.reference.sample(field), self.current, reduction="none", delta=limit)
+        loss = F.huber_loss(self.reference.sample(field), self.current.luma[:, 0], reduction="none", delta=limit)
         # Of slope 1 above the limit.
-        return F.avg_pool2d(loss[:, None], BLOCK)[:, 0] * (BLOCK**2 / limit)
+        cost = F.avg_pool2d(loss[:, None], BLOCK)[:, 0] * (BLOCK**2 / limit)
+        if self.colours:
+            chroma = self.reference.sample_chroma(field)
+            loss = F.huber_loss(chroma, self.current.chroma, reduction="none", delta=limit)
+            cost = cost + F.avg_pool2d(loss, BLOCK // 2).sum(1) * (COLOURS * (BLOCK // 2) ** 2 / limit)
+        return cost
 
     def _roughness(self, field: Tensor, around: Tensor) -> Tensor:
         """Bits that the four neighbours in `around` make of a vector, about: [B, h, w].

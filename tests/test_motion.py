@@ -122,7 +122,7 @@ def test_tables_are_whole() -> None:
 def test_search_finds_a_displacement(frame: Planes, shift: tuple[int, int]) -> None:
     before, now = window(frame, 24, 32), window(frame, 24 + shift[0] // 2 * 2, 32 + shift[1] // 2 * 2)
     source = Reference(before)
-    field = search(now.luma, source, COST)
+    field = search(now, source, COST)
     expected = torch.tensor([shift[0] * 4, shift[1] * 4])[None, :, None, None]
     inner = field[:, :, 3:-3, 4:-4]
     assert (inner == expected).all(1).float().mean() > 0.9
@@ -143,7 +143,7 @@ def test_search_finds_quarter_pixels(frame: Planes) -> None:
     )
     source = Reference(Planes(before, torch.zeros(1, 2, 64, 96)))
     # At a quality at which so small a difference is worth its bits.
-    field = search(now, source, COST / 4)[:, :, 2:-2, 2:-2].float()
+    field = search(Planes(now, source.chroma), source, COST / 4)[:, :, 2:-2, 2:-2].float()
     assert field[:, 0].mean().item() == pytest.approx(1, abs=0.4)
     assert field[:, 1].mean().item() == pytest.approx(-2, abs=0.4)
 

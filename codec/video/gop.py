@@ -36,9 +36,9 @@ INTRA, INTER = 0, 1
 """Types of frames: coded like a still picture, or predicted from the frame before."""
 VIDEO_MODEL = "video"
 _HEAD = struct.Struct("<BH")
-KEY_OFFSET = 80
+KEY_OFFSET = 140
 """A key frame is better than its group's quality says, because all others are predicted from it, ..."""
-OFFSETS = (-25, 0, -25, 50)
+OFFSETS = (-40, 0, -40, 80)
 """... and so is every fourth of the others, as in the hierarchical quality of DCVC-FM; in steps of quality."""
 EXTRAPOLATED = 3
 """So many lost frames in a row go on moving; then the picture stands still."""
@@ -162,7 +162,7 @@ class GopEncoder(_Chain):
             self._steadiness = Steadiness(functools.partial(self._alone, base), x)
             return _HEAD.pack(INTRA, step) + payload
         source = Reference(self.reference)
-        field = search(x.luma, source, _search_cost(t), self.field)
+        field = search(x, source, _search_cost(t), self.field)
         prediction = compensate(source, field)
         context = self.video.context(prediction)
         y = self.video.analyse(x, prediction, context, t)

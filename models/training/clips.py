@@ -82,7 +82,7 @@ def load_clip(path: Path) -> Clip:
     for i, j in zip(order, [*order[1:], 0], strict=True):
         before, now = (to_planes(luma[k : k + 1], chroma[k : k + 1]) for k in (i, j))
         previous = fields[-1][None].long() if fields else None
-        fields.append(search(now.luma, Reference(before), MOTION_COST, previous)[0].short())
+        fields.append(search(now, Reference(before), MOTION_COST, previous)[0].short())
     return Clip(luma, chroma, torch.stack([fields[-1], *fields[:-1]]))
 
 

@@ -26,12 +26,13 @@ from calotype.models.video import STRIDE, FrameRates, Memory, Video, frame_psnr,
 
 VALIDATION_QUALITIES = (0.2, 0.45, 0.7)
 VALIDATION_FRAMES = 7
-KEY_BONUS = 0.08
+KEY_BONUS = 0.14
 """What key frames gain in quality; with the next, what the encoder does."""
-PATTERN = (-0.025, 0.0, -0.025, 0.05)
+PATTERN = (-0.04, 0.0, -0.04, 0.08)
 """Differences in quality of predicted frames, in turn."""
 QUALITY_JITTER = 0.08
-CHROMA_WEIGHT = 4
+CHROMA_WEIGHT = (7.6, 1.2)
+"""Of each chroma plane against 6 of luma, at the lowest and at the highest quality."""
 
 # Y'CbCr of BT.601 in its limited range to RGB, both in [-0.5, 0.5]: the training clips are tagged so.
 _RGB_OF_YUV = torch.tensor([[1.1644, 0.0, 1.5960], [1.1644, -0.3918, -0.8130], [1.1644, 2.0172, 0.0]])
@@ -51,15 +52,16 @@ def from_rgb(rgb: Tensor) -> Planes:
     return Planes(ycc[:, :1] - 0.5 + _BLACK, torch.nn.functional.avg_pool2d(ycc[:, 1:], 2) + 0.5 / 255)
 
 
-def frame_error(a: Planes, b: Planes) -> Tensor:
+def frame_error(a: Planes, b: Planes, t: Tensor) -> Tensor:
     """Mean squared error [B] of luma, plus those of both chroma planes with the weights that PSNR-YUV gives them.
 
-    PSNR-YUV is (6 Y + U + V) / 8 in decibels: what an error costs is its share of its own plane's error, and chroma's
-    errors are a few times smaller.
+    PSNR-YUV is (6 Y + U + V) / 8 in decibels: what an error costs is its share of its own plane's error. Errors of chroma
+    are some seven times smaller than those of luma at the lowest qualities, and hardly at the highest.
     """
     luma = (a.luma - b.luma).square().mean((1, 2, 3))
     chroma = (a.chroma - b.chroma).square().mean((2, 3)).sum(1)
-    return (6 * luma + CHROMA_WEIGHT * chroma) / 8
+    lowest, highest = CHROMA_WEIGHT
+    return (6 * luma + (lowest + (highest - lowest) * t) * chroma) / 8
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ class ClipTask(Task):
             out = forward(x, prediction, field, memory, t)
         self.rollouts.advance(out)
         bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
-        mse = frame_error(out.frame, x)
+        mse = frame_error(out.frame, x, t)
         return Losses(loss_per_sample(bpp, mse, t, r.rate_weighting).mean(), bpp.mean(), mse.mean())
 
     @torch.no_grad()
@@ -229,10 +231,10 @@ class ClipTask(Task):
         rates, psnrs, losses = [], [], []
         for x in frames[1:]:
             source = Reference(reference)
-            field = search(x.luma, source, search_cost(t), field)
+            field = search(x, source, search_cost(t), field)
             out = self.model(x, compensate(source, field), field, memory, t)
             reference, memory = out.frame, Memory(out.latent, latent, torch.zeros(1))
-            bpp, mse = (out.latent_bits + out.hyper_bits) / x.luma.numel(), frame_error(reference, x)
+            bpp, mse = (out.latent_bits + out.hyper_bits) / x.luma.numel(), frame_error(reference, x, t)
             rates.append(bpp.item())
             psnrs.append(frame_psnr(reference, x))
             losses.append(loss_per_sample(bpp, mse, t, self.recipe.rate_weighting).item())
