@@ -55,8 +55,8 @@ def from_rgb(rgb: Tensor) -> Planes:
 def frame_error(a: Planes, b: Planes, t: Tensor) -> Tensor:
     """Mean squared error [B] of luma, plus those of both chroma planes with the weights that PSNR-YUV gives them.
 
-    PSNR-YUV is (6 Y + U + V) / 8 in decibels: what an error costs is its share of its own plane's error. Errors of chroma
-    are some seven times smaller than those of luma at the lowest qualities, and hardly at the highest.
+    PSNR-YUV is (6 Y + U + V) / 8 in decibels: what an error costs is its share of its own plane's error. Chroma errs
+    some seven times less than luma at the lowest qualities, and hardly at the highest.
     """
     luma = (a.luma - b.luma).square().mean((1, 2, 3))
     chroma = (a.chroma - b.chroma).square().mean((2, 3)).sum(1)
