@@ -171,3 +171,14 @@ def test_edges_are_repeated(frame: Planes) -> None:
     far = torch.full((1, 2, 16, 24), motion.VECTOR_LIMIT, dtype=torch.int64)
     predicted = compensate(Reference(before), far)
     torch.testing.assert_close(predicted.luma, before.luma[..., -1:, -1:].expand_as(predicted.luma), atol=1e-2, rtol=0)
+
+
+def test_search_sees_colours(frame: Planes) -> None:
+    """Where stripes look alike at every eighth pixel, colours tell how far they moved."""
+    before = window(frame, 24, 32)
+    stripes = (torch.arange(192) % 8 / 16 - 0.25).expand(1, 1, 128, 192)
+    now = Planes(stripes, before.chroma.roll(4, 3))
+    guess = torch.tensor([0, -32])[None, :, None, None].expand(1, 2, 16, 24)
+    for chroma, expected in ((now.chroma, -32), (before.chroma, 0)):
+        field = search(Planes(stripes, chroma), Reference(Planes(stripes, before.chroma)), COST / 4, guess)
+        assert (field[:, 1, :, 2:] == expected).float().mean() > 0.6
