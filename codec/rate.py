@@ -17,6 +17,7 @@ PSNR_TOLERANCE = 0.1
 _AROUND = (4, 9, 15, 25, 40)
 """Steps of quality on both sides of a jump that are tried."""
 SPARSE_QUALITIES = range(0, QUALITY_STEPS + 1, 50)
+"""Those that `bisect` tries: five trials find any."""
 _UNITS = {"size": "bytes", "bpp": "bpp", "psnr": "dB"}
 
 

@@ -47,12 +47,13 @@ class Codebook(nn.Module):
 
 def nearest(vectors: Tensor, codewords: Tensor) -> Tensor:
     """Index [...] of the codeword [K, D] nearest to each vector [..., D]."""
-    half_norms = codewords.square().sum(1) / 2
-    found = [
-        torch.addmm(half_norms, part, codewords.t(), alpha=-1).argmin(1)
-        for part in vectors.flatten(0, -2).split(_STRIP)
-    ]
+    found = [half_distances(part, codewords).argmin(1) for part in vectors.flatten(0, -2).split(_STRIP)]
     return torch.cat(found).view(vectors.shape[:-1])
+
+
+def half_distances(vectors: Tensor, codewords: Tensor) -> Tensor:
+    """Half the squared distances [N, K] of vectors [N, D] to codewords [K, D], less half the squares of the vector."""
+    return torch.addmm(codewords.square().sum(1) / 2, vectors, codewords.t(), alpha=-1)
 
 
 @torch.no_grad()

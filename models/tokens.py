@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype.models import tables
+from calotype.models.codebook import half_distances
 from calotype.models.exact import QuantConv, QuantEmbedding, exact_matmul
 from calotype.models.quantizers import KNOTS
 
@@ -175,15 +176,14 @@ class TokenPrior(nn.Module):
             worth: of a bit, in squared distance.
         """
         height, width = y.shape[1:]
-        vectors, half_norms = y.flatten(1).t(), codewords.square().sum(1) / 2
-        count = min(count, len(codewords))
+        vectors, count = y.flatten(1).t(), min(count, len(codewords))
         tokens = torch.empty(height * width, count, dtype=torch.int64, device=y.device)
         bits = torch.empty(height * width, count, device=y.device)
         coding = self.code((1, height, width), ladder_step, 0, 1, device=y.device)
         request = next(coding)
         while True:
             costs = tables.PRECISION - request.frequencies[0].float().log2()
-            distances = 2 * torch.addmm(half_norms, vectors[request.places], codewords.t(), alpha=-1)
+            distances = 2 * half_distances(vectors[request.places], codewords)
             cheapest = (distances + worth * costs).topk(count, 1, largest=False).indices
             tokens[request.places], bits[request.places] = cheapest, costs.gather(1, cheapest)
             try:

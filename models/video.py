@@ -30,11 +30,15 @@ from calotype.models.blocks import blocks
 from calotype.models.exact import LIMIT, QuantConv, exact_matmul, round_clamp
 from calotype.models.motion import HALF_WIDTHS, Planes, code_field, fit_tables
 from calotype.models.priors import HYPER_STRIDE, HYPER_UNIT, Condition, ContextNet, HyperAnalysis, Prior, Request
-from calotype.models.quantizers import KNOTS, Modulation, base_step, quality_level
+from calotype.models.quantizers import KNOTS, Modulation, base_step, lagrangian, quality_level
 
 STRIDE = 16
 """Luma pixels per latent position, each way."""
 MOTION_CHANNELS = 25
+KEY_OFFSET = 140
+"""A key frame is better than its group's quality says, because all others are predicted from it, ..."""
+OFFSETS = (-40, 0, -40, 80)
+"""... and so is every fourth of the others, as in the hierarchical quality of DCVC-FM; in steps of quality."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,12 @@ def frame_psnr(a: Planes, b: Planes) -> float:
     """PSNR-YUV in dB of samples one apart from black to white: the mean of the planes', weighted 6:1:1."""
     planes = ((a.luma, b.luma, 6), (a.chroma[:, :1], b.chroma[:, :1], 1), (a.chroma[:, 1:], b.chroma[:, 1:], 1))
     return sum(-10 * w * math.log10(max((x - y).square().mean().item(), 1e-10)) for x, y, w in planes) / 8
+
+
+def search_cost(t: Tensor) -> float:
+    """What a bit of motion may save in absolute differences at quality `t` [1]: the square root of 1 / λ, as in other
+    encoders."""
+    return 0.6 / (255 * math.sqrt(lagrangian(t).item()))
 
 
 def motion_features(field: Tensor) -> Tensor:

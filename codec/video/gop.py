@@ -7,7 +7,6 @@ starts with a key frame, which needs nothing before it; each other frame is pred
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,8 +22,8 @@ from calotype.entropy import SymbolTables
 from calotype.errors import FormatError, ModelNotFoundError
 from calotype.models import tables, zoo
 from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
-from calotype.models.quantizers import QUALITY_STEPS, lagrangian
-from calotype.models.video import Memory, Video, frame_psnr
+from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.video import KEY_OFFSET, OFFSETS, Memory, Video, frame_psnr, search_cost
 from calotype.picture import PictureCoder
 from calotype.stopwatch import Stopwatch
 from calotype.video import planes
@@ -36,10 +35,6 @@ INTRA, INTER = 0, 1
 """Types of frames: coded like a still picture, or predicted from the frame before."""
 VIDEO_MODEL = "video"
 _HEAD = struct.Struct("<BH")
-KEY_OFFSET = 140
-"""A key frame is better than its group's quality says, because all others are predicted from it, ..."""
-OFFSETS = (-40, 0, -40, 80)
-"""... and so is every fourth of the others, as in the hierarchical quality of DCVC-FM; in steps of quality."""
 EXTRAPOLATED = 3
 """So many lost frames in a row go on moving; then the picture stands still."""
 _T = TypeVar("_T")
@@ -162,7 +157,7 @@ class GopEncoder(_Chain):
             self._steadiness = Steadiness(functools.partial(self._alone, base), x)
             return _HEAD.pack(INTRA, step) + payload
         source = Reference(self.reference)
-        field = search(x, source, _search_cost(t), self.field)
+        field = search(x, source, search_cost(t), self.field)
         prediction = compensate(source, field)
         context = self.video.context(prediction)
         y = self.video.analyse(x, prediction, context, t)
@@ -177,11 +172,6 @@ class GopEncoder(_Chain):
         t = self._quality(quality)[1]
         y = self.image.analyse(planes.to_rgb(x, self.format.colour), t)
         return frame_psnr(x, planes.from_rgb(self.image.synthesise(torch.round(y), t), self.format.colour))
-
-
-def _search_cost(t: Tensor) -> float:
-    """What a bit of motion may save in absolute differences: the square root of 1 / λ, as in other encoders."""
-    return 0.6 / (255 * math.sqrt(lagrangian(t).item()))
 
 
 class GopDecoder(_Chain):

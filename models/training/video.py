@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.motion import Planes, Reference, compensate, fit_tables, search
-from calotype.models.quantizers import lagrangian
+from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.training.clips import (
     RandomSegments,
     Segment,
@@ -22,14 +20,21 @@ from calotype.models.training.clips import (
 )
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation, loss_per_sample
-from calotype.models.video import STRIDE, FrameRates, Memory, Video, frame_psnr, shuffle, unshuffle
+from calotype.models.video import (
+    KEY_OFFSET,
+    OFFSETS,
+    STRIDE,
+    FrameRates,
+    Memory,
+    Video,
+    frame_psnr,
+    search_cost,
+    shuffle,
+    unshuffle,
+)
 
 VALIDATION_QUALITIES = (0.2, 0.45, 0.7)
 VALIDATION_FRAMES = 7
-KEY_BONUS = 0.14
-"""What key frames gain in quality; with the next, what the encoder does."""
-PATTERN = (-0.04, 0.0, -0.04, 0.08)
-"""Differences in quality of predicted frames, in turn."""
 QUALITY_JITTER = 0.08
 CHROMA_WEIGHT = (7.6, 1.2)
 """Of each chroma plane against 6 of luma, at the lowest and at the highest quality."""
@@ -115,11 +120,6 @@ def code_key_frame(image: Hyperprior, frame: Planes, t: Tensor) -> tuple[Planes,
     return Planes(decoded.luma.clamp(-0.5, 0.5), decoded.chroma.clamp(-0.5, 0.5)), y_hat, y_bits + z_bits
 
 
-def search_cost(t: Tensor) -> float:
-    """What a bit of motion may save in absolute differences at quality `t` [1]: the square root of 1 / λ."""
-    return 0.6 / (255 * math.sqrt(lagrangian(t).item()))
-
-
 class Rollouts:
     """A batch of clips under way: each slot decodes its segment frame by frame, then starts another.
 
@@ -148,7 +148,7 @@ class Rollouts:
         self.position[slot] = 1
         t = torch.rand(1)
         self.quality[slot] = t
-        better = (t + KEY_BONUS).clamp(max=1)
+        better = (t + KEY_OFFSET / QUALITY_STEPS).clamp(max=1)
         decoded, latent, _ = code_key_frame(self.image, to_planes(segment.luma[:1], segment.chroma[:1]), better)
         self.reference.luma[slot] = decoded.luma[0]
         self.reference.chroma[slot] = decoded.chroma[0]
@@ -169,7 +169,7 @@ class Rollouts:
         with torch.no_grad():
             prediction = compensate(Reference(self.reference), field)
         # Frames of a video differ in quality: some are worth more than others, and rate control moves it.
-        pattern = torch.tensor([PATTERN[(place - 1) % len(PATTERN)] for place in self.position])
+        pattern = torch.tensor([OFFSETS[(place - 1) % len(OFFSETS)] / QUALITY_STEPS for place in self.position])
         moved = QUALITY_JITTER * (2 * torch.rand(self.batch) - 1) * (torch.rand(self.batch) < 0.25)
         return x, prediction, field, self.memory, (self.quality + pattern + moved).clamp(0, 1)
 
