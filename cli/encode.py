@@ -12,12 +12,13 @@ from click.core import ParameterSource
 from calotype.cli.batch import STREAM, Batch, Product, Progress, Task, plan, read_bytes
 from calotype.cli.codecs import Codecs
 from calotype.cli.console import Settings, file_size, stage_times
-from calotype.cli.options import BatchOptions, batch_options, common_options, inputs_argument, size
+from calotype.cli.options import BatchOptions, batch_options, common_options, inputs_argument, size, tune_option
 from calotype.cli.options import metadata as metadata_kinds
 from calotype.cli.tokens import TokenFiles, is_tokens, model_of, read_tokens, tokens_option
 
 if TYPE_CHECKING:
     from calotype.job import EncodedPicture
+    from calotype.models.zoo import Tune
     from calotype.rate import Target
 
 
@@ -55,6 +56,7 @@ _SCHEMA = "calotype.encode/1"
     help="Encoding time for smaller files at equal quality, or with vqgan for better pictures: 7 and 9 refine each "
     "picture by gradient descent, some 20 and 50 times slower. Decoding stays as fast.",
 )
+@tune_option("With --effort 7 or 9: refine for least error, or for how decode --tune visual draws the picture.")
 @click.option(
     "--packets",
     type=click.IntRange(1, 32),
@@ -90,6 +92,7 @@ def encode(
     model: str,
     tile: str,
     effort: str,
+    tune: Tune,
     packets: int,
     tokens: str | None,
     metadata: tuple[str, ...],
@@ -114,9 +117,13 @@ def encode(
 
     settings = ctx.ensure_object(Settings)
     target = _target(ctx, {"target_size": target_size, "target_bpp": target_bpp, "target_psnr": target_psnr})
-    codecs = Codecs(settings.device)
+    if tune != "psnr" and effort == "5":
+        raise click.UsageError(
+            "--tune visual refines files with --effort 7 or 9; plain ones are drawn by decode --tune."
+        )
+    codecs = Codecs(settings.device, tune)
     limit = max_pixels or DEFAULT_MAX_PIXELS
-    job = EncodeJob(model, quality, target, int(tile), metadata, verify, limit, int(effort), packets)
+    job = EncodeJob(model, quality, target, int(tile), metadata, verify, limit, int(effort), tune, packets)
 
     def work(task: Task, progress: Progress) -> Product:
         token_files.check(task)

@@ -117,7 +117,7 @@ def common_options(function: Function) -> Function:
 
 
 def tune_option(help: str) -> Callable[[Function], Function]:
-    """--tune of `decode` and `models export`."""
+    """--tune, of a command with pictures or weights."""
     return click.option("--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True, help=help)
 
 

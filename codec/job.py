@@ -13,6 +13,7 @@ from calotype.rate import Target
 
 if TYPE_CHECKING:
     from calotype.api import Codec, Encoded, Progress
+    from calotype.models.zoo import Tune
     from calotype.tokens import Tokens
 
 
@@ -27,7 +28,7 @@ class EncodedPicture:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """How files are encoded; the fields are those of `Codec.encode` and `read_picture`.
+    """How files are encoded; the fields are those of `Codec.load`, `Codec.encode` and `read_picture`.
 
     With `verify` a file is decoded again and checked.
     """
@@ -40,6 +41,7 @@ class EncodeJob:
     verify: bool
     max_pixels: int = DEFAULT_MAX_PIXELS
     effort: int = 5
+    tune: Tune = "psnr"
     packets: int = 1
 
     def run(self, codec: Codec, source: Path | bytes, progress: Progress | None = None) -> EncodedPicture:

@@ -27,12 +27,15 @@ from calotype.models.priors import Coding, CodingTables
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.refinement import Scene, Schedule, differentiable, refine
 from calotype.models.transforms import STRIDE
-from calotype.models.zoo import layout
+from calotype.models.zoo import Tune, layout
 from calotype.stopwatch import Stopwatch
 from calotype.windows import Box, Progress, grid
 
-SCHEDULES = {7: Schedule(6, 0.05, 1.5, 0.02), 9: Schedule(20, 0.02, 1.5, 0.01)}
-"""How latents are refined, by effort; at other efforts they are those of the analysis."""
+SCHEDULES: dict[Tune, dict[int, Schedule]] = {
+    "psnr": {7: Schedule(6, 0.05, 1.5, 0.02), 9: Schedule(20, 0.02, 1.5, 0.01)},
+    "visual": {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.03, 1.5, 0.01)},
+}
+"""How latents are refined, by tune and effort; at other efforts they are those of the analysis."""
 
 
 @dataclass
@@ -112,11 +115,14 @@ class PictureCoder:
     """Codes pictures with one network on one device. Holds no state between calls; safe to share between threads.
 
     Args:
+        tune: what the network draws pictures for; latents are refined for the same.
         batch: equal tiles that are coded together; the bytes do not depend on it.
     """
 
-    def __init__(self, network: StillModel, device: torch.device, *, batch: int | None = None) -> None:
-        self.network, self.device, self.layout = network, device, layout(device)
+    def __init__(
+        self, network: StillModel, device: torch.device, *, tune: Tune = "psnr", batch: int | None = None
+    ) -> None:
+        self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
         self.transforms = network.economical() if bfloat16_is_fast(device) else network
         self.batch = batch or (8 if device.type == "cuda" else 1)
         frequencies, half_widths, skip, escapes = network.tables
@@ -139,7 +145,8 @@ class PictureCoder:
         At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it. Raises InputError for
         these efforts if the model's latents cannot be refined.
         """
-        if effort in SCHEDULES and not isinstance(self.network, Hyperprior):
+        schedule = SCHEDULES[self.tune].get(effort)
+        if schedule and not isinstance(self.network, Hyperprior):
             raise InputError(f"effort {effort} refines latents of the model hyperprior only: use effort 5")
         latent = self._analyse(pixels, quality, watch)
         boxes = grid(Box(0, 0, *latent.shape[2:]), tile // STRIDE)
@@ -148,14 +155,14 @@ class PictureCoder:
         for numbers in self._batches([b.shape for b in boxes]):
             y = torch.cat([latent[(..., *boxes[n].slices)] for n in numbers]).to(self.device)
             size, quality_integers = (len(numbers), *y.shape[2:]), self._quality(quality)[0].expand(len(numbers))
-            if effort in SCHEDULES and isinstance(self.network, Hyperprior):
+            if schedule and isinstance(self.network, Hyperprior):
                 with watch("refine"):
                     z, refined = self.network.hyper_analysis(y), []
                     for place, n in enumerate(numbers):
                         start, share = (done + place) / len(boxes), 1 / len(boxes)
                         report = windows.part(progress, start, share)
                         scene = self._scene(pixels, latent, boxes[n], z[place : place + 1], quality)
-                        refined.append(self._refine(scene, y[place : place + 1], SCHEDULES[effort], report))
+                        refined.append(self._refine(scene, y[place : place + 1], schedule, report))
                     coding = self.network.code(size, quality_integers, torch.cat(refined), z)
             else:
                 coding = self.network.code(size, quality_integers, y)
@@ -190,7 +197,13 @@ class PictureCoder:
         with torch.inference_mode(False):
             # What was computed in inference mode has no place in a graph: copies have.
             tensors = {name: getattr(scene, name).clone() for name in ("pixels", "around", "z", "t")}
-            return refine(self._differentiable, replace(scene, **tensors), y.clone(), schedule, progress)
+            scene = replace(scene, **tensors)
+            try:
+                return refine(self._differentiable, scene, y.clone(), schedule, self.tune, progress)
+            except ImportError as error:
+                raise InputError(
+                    f"refinement for looks needs {error.name}: pip install 'calotype[eval]', or use effort 5"
+                ) from error
 
     def _batches(self, shapes: Sequence[tuple[int, int]]) -> Iterable[list[int]]:
         """Numbers of tiles to be coded together: equal shapes, at most `batch`."""

@@ -153,8 +153,9 @@ class QuantConv(nn.Module):
         """Integers [B, C, H, W] in, integers out; `t` [B] is quality in [0, 1]."""
         weight, step = self._quantised_weight()
         groups = weight.shape[0] if self.depthwise else 1
-        if self.gain is None and self.training:
+        if self.gain is None and self.training and not self.depthwise:
             # Integers up to 127 are exact in bfloat16; the sums are rounded, a noise that hidden layers tolerate.
+            # Depthwise layers stay as they are: their gradient in bfloat16 takes twice as long on a CPU.
             acc = F.conv2d(x.bfloat16(), weight.bfloat16(), padding=self.kernel // 2, groups=groups).float()
         else:
             acc = F.conv2d(x, weight, padding=self.kernel // 2, groups=groups)

@@ -5,6 +5,9 @@ It is sought with soft rounding, whose temperature falls until the soft symbols 
 "Content Adaptive Optimization for Neural Image Compression" (CVPR Workshops 2019) and Yang, Bamler & Mandt,
 "Improving Inference for Neural Image Compression" (NeurIPS 2020), but without their sampling: few steps are too few to
 average noise out. The hyper-latent is left alone: refining it too gained nothing.
+
+What a latent is best for is a matter of taste: for least squared error, or for how the picture looks when the second
+synthesis draws it (`TASTES`).
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calotype.models import perceptual, structure
 from calotype.models.exact import restore
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import lagrangian
 from calotype.models.transforms import STRIDE
+from calotype.models.zoo import Tune
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,40 @@ _BETAS = (0.8, 0.95)
 """Of Adam: shorter memories than usual, because there are only tens of steps."""
 _WEAK = 1.0
 """A gradient in bits per quantisation step; latents with weaker ones move in proportion, not at the full rate."""
+_ERROR, _FEATURES, _STRUCTURE, _GROWTH = 0.2, 6.0, 20.0, 0.7
+"""Of a picture drawn for its looks: squared error counts so much of what it does otherwise; distances of features and
+of structure cost so many bits per pixel, times λ to this power, as the bits of pictures grow."""
+_SMALLEST = 64
+"""Side of a tile below which there is nothing to look at."""
+
+Distortion = Callable[[Tensor], Tensor]
+"""What is wrong with a tile as it is drawn [1, 3, h, w], in bits."""
+
+
+def squared_error(pixels: Tensor, t: Tensor) -> Distortion:
+    """λ · 255² · squared error per colour."""
+    return lambda shown: lagrangian(t) * 255**2 * (shown - pixels).square().sum() / pixels.shape[1]
+
+
+def looks(pixels: Tensor, t: Tensor) -> Distortion:
+    """Distances of features and of structure, and some squared error; that alone in tiles less than 64 pixels wide."""
+    error = squared_error(pixels, t)
+    if min(pixels.shape[2:]) < _SMALLEST:
+        return error
+    with torch.no_grad():
+        features, scales = perceptual.features(pixels), structure.scales(pixels)
+    bits = lagrangian(t) ** _GROWTH * pixels[0, 0].numel()
+
+    def distortion(shown: Tensor) -> Tensor:
+        unlike = _FEATURES * perceptual.distance(features, perceptual.features(shown))
+        unlike = unlike + _STRUCTURE * structure.distance(scales, structure.scales(shown))
+        return _ERROR * error(shown) + bits * unlike
+
+    return distortion
+
+
+TASTES: dict[Tune, Callable[[Tensor, Tensor], Distortion]] = {"psnr": squared_error, "visual": looks}
+"""From a tile's pixels [1, 3, h, w] and quality [1] to what is wrong with it as drawn."""
 
 
 def differentiable(network: Hyperprior) -> Hyperprior:
@@ -81,16 +120,21 @@ class Scene:
     z: Tensor
     t: Tensor
 
-    def objective(self, network: Hyperprior, y: Tensor, rounding: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Bits + λ · 255² · squared error per colour, of the tile's latent `y`; of its symbols without a `rounding`."""
+    def objective(
+        self,
+        network: Hyperprior,
+        y: Tensor,
+        distortion: Distortion,
+        rounding: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Bits and distortion of the tile's latent `y`; of its symbols without a `rounding`."""
         y_hat, y_bits, z_bits = network.prior(self.z, y, self.t, rounding=rounding)
         whole = self.around.clone()
         whole[:, :, self.top : self.top + y.shape[2], self.left : self.left + y.shape[3]] = y_hat
         top, left = STRIDE * self.top, STRIDE * self.left
         height, width = self.pixels.shape[2:]
         shown = network.synthesise(whole, self.t)[:, :, top : top + height, left : left + width]
-        error = (shown - self.pixels).square().sum() / self.pixels.shape[1]
-        return (y_bits + z_bits + lagrangian(self.t) * 255**2 * error).sum()
+        return (y_bits + z_bits + distortion(shown)).sum()
 
 
 def refine(
@@ -98,17 +142,19 @@ def refine(
     scene: Scene,
     y: Tensor,
     schedule: Schedule,
+    tune: Tune,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """A latent of a lower objective than `y` [1, M, H, W], or `y` itself if none was found.
 
     Args:
         network: of `differentiable`.
+        tune: what the network draws for, and the latent is to be good for.
         progress: called with the fraction that is done.
     """
-    start = y
+    start, distortion = y, TASTES[tune](scene.pixels, scene.t)
     with torch.no_grad():
-        before = scene.objective(network, start)
+        before = scene.objective(network, start, distortion)
     with torch.enable_grad():
         y = start.clone().requires_grad_()
         optimiser = torch.optim.Adam([y], lr=schedule.rate, betas=_BETAS, eps=_WEAK)
@@ -117,10 +163,10 @@ def refine(
             optimiser.param_groups[0]["lr"] = schedule.rate * (1 + math.cos(math.pi * done)) / 2
             temperature = schedule.hot * (schedule.cold / schedule.hot) ** done
             y.grad = None
-            scene.objective(network, y, soft_round(temperature)).backward()
+            scene.objective(network, y, distortion, soft_round(temperature)).backward()
             optimiser.step()
             if progress:
                 progress((step + 1) / schedule.steps)
     with torch.no_grad():
         found = y.detach()
-        return found if scene.objective(network, found) < before else start
+        return found if scene.objective(network, found, distortion) < before else start

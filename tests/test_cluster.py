@@ -162,6 +162,8 @@ def pool() -> Iterator[Workers[Any, Any]]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if order == "fail":
                 raise FormatError("as it was told")
+            if order == "long":
+                time.sleep(2)  # a quick worker may be done before anybody waits for it
             return f"{order} on {device}"
 
         return work

@@ -76,6 +76,7 @@ class EncodeQuery(Query):
     target_psnr: Positive | None = Field(None, description="PSNR to reach, in dB.")
     tile: Literal["256", "512", "1024", "2048", "4096"] = Field("1024", description="Side of a tile in pixels.")
     effort: Literal["5", "7", "9"] = Field("5", description="7 and 9: much more time for smaller files.")
+    tune: zoo.Tune = Field("psnr", description="With effort 7 or 9: refine for least error, or for how it looks.")
     packets: int = Field(
         1, ge=1, le=container.MAX_PACKETS, description="Parts of a tile that can be lost; models of tokens."
     )
@@ -195,7 +196,7 @@ class Engine:
 
     def encode(self, query: EncodeQuery, body: bytes, check: Check) -> Reply:
         """A picture to a `.clt` file."""
-        codec = self.codec(query.model)
+        codec = self.codec(query.model, query.tune)
         picture, reading = self._read(body)
         check()
         encoded = codec.encode(

@@ -24,6 +24,11 @@ def validation_photos(recipe: Recipe) -> list[Tensor]:
     return [x[:, :, : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64] for x in tensors]
 
 
+def spread_qualities(batch: int, device: torch.device) -> Tensor:
+    """[B] in [0, 1), one from each of B equal ranges, so that their mix varies little from step to step."""
+    return (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module, photos: Sequence[Tensor], device: torch.device, score: Callable[..., Tensor]
@@ -59,7 +64,7 @@ class PhotoTask(Task):
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
         x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
-        t = torch.rand(r.batch, device=self.device)
+        t = spread_qualities(r.batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t)
         bpp = (out.latent_bits + out.hyper_bits) / r.crop**2

@@ -57,8 +57,10 @@ class Recipe(BaseModel):
     """Of a feature distance. In the token model, against absolute error; 0.1 from the first step on drew grids. In the
     stage `visual`, against squared error that is weighted by rate: with 0.15 its gradient is 7 times as long at quality
     5, twice at 20, as long at 60."""
+    structure_weight: float = Field(0.75, ge=0)
+    """In the stage `visual`, of the distance of structure (`calotype.models.structure`) against squared error."""
     look: int = Field(128, gt=0, multiple_of=64)
-    """Side of the part of a crop that feature networks look at: they take most of the time."""
+    """Side of the part of a crop that is judged by how it looks, which takes most of the time."""
     adversarial_from: int | None = None
     """Step from which the token model is trained against a discriminator."""
     recluster: tuple[int, ...] = ()

@@ -7,18 +7,21 @@ import random
 import torch
 from torch import Tensor, nn
 
-from calotype.models import perceptual
+from calotype.models import perceptual, structure
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops, random_part
-from calotype.models.training.photos import validate, validation_photos
+from calotype.models.training.photos import spread_qualities, validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
 from calotype.models.zoo import SYNTHESIS, architecture, load_parameters
 
 
 class VisualTask(Task):
-    """The synthesis of `hyperprior` for features and against a discriminator; all else stays. See `tasks.Task`."""
+    """The synthesis of `hyperprior` for features, for structure and against a discriminator; all else stays.
+
+    See `tasks.Task`.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int, step: int) -> None:
         if recipe.start_from is None:
@@ -42,7 +45,7 @@ class VisualTask(Task):
         r = self.recipe
         self.step += 1
         x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
-        t = torch.rand(r.batch, device=self.device)
+        t = spread_qualities(r.batch, self.device)
         self.model.eval()  # rates are not trained, and latents are rounded as in coding
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t)
@@ -54,7 +57,9 @@ class VisualTask(Task):
             with torch.no_grad():
                 reference = perceptual.features(x[look])
             seen = perceptual.distance(reference, perceptual.features(drawn[look]))
-        loss = (lagrangian(t) ** (1 - r.rate_weighting) * 255**2 / 4 * mse + r.feature_weight * seen).mean()
+        built = structure.distance(structure.scales(x[look]), structure.scales(drawn[look]))
+        loss = lagrangian(t) ** (1 - r.rate_weighting) * 255**2 / 4 * mse
+        loss = (loss + r.feature_weight * seen + r.structure_weight * built).mean()
         (gradient,) = torch.autograd.grad(loss, drawn)
         if r.adversarial_from is not None and self.step > r.adversarial_from:
             part = drawn[look].detach().requires_grad_()
@@ -66,9 +71,12 @@ class VisualTask(Task):
         return Losses(loss.detach() + pull - pull.detach(), bpp, mse.detach().mean())
 
     def validate(self) -> Validation:
-        """Rate and 8-bit PSNR of the validation photographs; the loss is their mean feature distance."""
+        """Rate and 8-bit PSNR of the validation photographs; the loss is how far they look apart, as in training."""
+        r = self.recipe
 
         def score(x: Tensor, drawn: Tensor, _bpp: Tensor, _t: Tensor) -> Tensor:
-            return perceptual.distance(perceptual.features(x), perceptual.features(drawn))
+            seen = perceptual.distance(perceptual.features(x), perceptual.features(drawn))
+            built = structure.distance(structure.scales(x), structure.scales(drawn))
+            return r.feature_weight * seen + r.structure_weight * built
 
         return validate(self.model, self.photos, self.device, score)
