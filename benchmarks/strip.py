@@ -1,14 +1,19 @@
-"""A strip of crops at about the same file size: original, JPEG, WebP, Calotype. Makes the picture in README.
+"""Crops of pictures beside each other, one row a picture: the original, and what codecs make of it. Makes the pictures
+in README and docs.
 
-python benchmarks/strip.py samples/coffee.png docs/images/strip.png --bpp 0.25 --crop 180,120,240,240
+python benchmarks/strip.py docs/images/strip.png samples/coffee.png:180,80,240,240 --bpp 0.25
+python benchmarks/strip.py docs/images/low.jpg samples/chelsea.png:100,20,240,240 --columns q5,q10,q20
+
+Columns: jpeg, webp and avif at the size of the last column that is Calotype's; calotype; visual, refined (effort 9) and
+drawn for its looks; qN, Calotype at quality N.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,14 +23,21 @@ from calotype.media import Picture, read_picture, to_pillow
 from calotype.rate import Target
 
 CAPTION = 22
+GAP = 4
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "jpeg": ("JPEG", {"optimize": True}),
+    "webp": ("WEBP", {"method": 6}),
+    "avif": ("AVIF", {"speed": 4, "subsampling": "4:4:4"}),
+}
 
 
-def pillow_at(picture: Picture, size: int, save: Callable[[Image.Image, io.BytesIO, int], None]) -> tuple[int, Picture]:
+def other(name: str, picture: Picture, size: int) -> tuple[int, Picture]:
     """The largest file of at most `size` bytes (or the smallest there is) over qualities 1 to 95."""
+    kind, options = OTHERS[name]
     best: tuple[int, Picture] | None = None
     for quality in range(95, 0, -1):
         out = io.BytesIO()
-        save(to_pillow(picture), out, quality)
+        to_pillow(picture).save(out, kind, quality=quality, **options)
         best = len(out.getvalue()), read_picture(out.getvalue())
         if best[0] <= size:
             break
@@ -33,34 +45,53 @@ def pillow_at(picture: Picture, size: int, save: Callable[[Image.Image, io.Bytes
     return best
 
 
+def own(name: str, picture: Picture, bpp: float) -> tuple[int, Picture]:
+    codec = Codec.load(tune="visual" if name == "visual" else "psnr")
+    if name.startswith("q"):
+        data = codec.encode(picture, quality=float(name[1:])).data
+    else:
+        data = codec.encode(picture, target=Target("bpp", bpp), effort=9 if name == "visual" else 5).data
+    return len(data), codec.decode(data).picture
+
+
+def row(picture: Picture, columns: list[str], bpp: float) -> list[tuple[str, Picture]]:
+    """(caption, picture) of the original and each column."""
+    made = {name: own(name, picture, bpp) for name in columns if name not in OTHERS}
+    size = list(made.values())[-1][0]
+    made |= {name: other(name, picture, size) for name in columns if name in OTHERS}
+    captions = {"calotype": "Calotype", "visual": "Calotype, visual", "jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
+    shown = [("original", picture)]
+    for name in columns:
+        length, decoded = made[name]
+        caption = captions.get(name, f"quality {name[1:]}")
+        shown.append((f"{caption}  {length} B  {psnr(picture.pixels, decoded.pixels):.2f} dB", decoded))
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("picture", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("pictures", nargs="+", help="PICTURE:x,y,width,height; crops of equal size")
+    parser.add_argument("--columns", default="jpeg,webp,calotype")
     parser.add_argument("--bpp", type=float, default=0.25)
-    parser.add_argument("--crop", default="0,0,256,256", help="x,y,width,height")
     options = parser.parse_args()
-    x, y, width, height = map(int, options.crop.split(","))
-    picture = read_picture(options.picture)
-    codec = Codec.load()
-    encoded = codec.encode(picture, target=Target("bpp", options.bpp))
-    size = len(encoded.data)
-    columns = [
-        ("original", None, picture),
-        ("JPEG", *pillow_at(picture, size, lambda im, out, q: im.save(out, "JPEG", quality=q, optimize=True))),
-        ("WebP", *pillow_at(picture, size, lambda im, out, q: im.save(out, "WEBP", quality=q, method=6))),
-        ("Calotype", size, codec.decode(encoded.data).picture),
-    ]
-    strip = Image.new("RGB", ((width + 4) * len(columns) - 4, height + CAPTION), "white")
+    rows = []
+    for text in options.pictures:
+        path, _, crop = text.rpartition(":")
+        rows.append((row(read_picture(Path(path)), options.columns.split(","), options.bpp), crop.split(",")))
+    width, height = (int(side) for side in rows[0][1][2:])
+    across = len(rows[0][0])
+    strip = Image.new("RGB", ((width + GAP) * across - GAP, (height + CAPTION) * len(rows)), "white")
     draw = ImageDraw.Draw(strip)
-    for number, (name, length, shown) in enumerate(columns):
-        left = number * (width + 4)
-        crop = np.ascontiguousarray(shown.pixels[y : y + height, x : x + width])
-        strip.paste(to_pillow(Picture(crop)).convert("RGB"), (left, CAPTION))
-        text = name if length is None else f"{name}  {length} B  {psnr(picture.pixels, shown.pixels):.2f} dB"
-        draw.text((left + 2, 5), text, fill="black")
+    for number, (shown, crop) in enumerate(rows):
+        x, y = int(crop[0]), int(crop[1])
+        for place, (caption, picture) in enumerate(shown):
+            left, top = place * (width + GAP), number * (height + CAPTION)
+            pixels = np.ascontiguousarray(picture.pixels[y : y + height, x : x + width])
+            strip.paste(to_pillow(Picture(pixels)).convert("RGB"), (left, top + CAPTION))
+            draw.text((left + 2, top + 5), caption, fill="black")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    strip.save(options.output, optimize=True)
+    strip.save(options.output, **({"quality": 92} if options.output.suffix == ".jpg" else {"optimize": True}))
 
 
 if __name__ == "__main__":

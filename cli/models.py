@@ -116,10 +116,24 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Photographs to which the codebooks of mixture are fitted.",
 )
+@click.option(
+    "--clips",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Clips to which the tables of video are fitted.",
+)
 @tune_option("The whole model, or its second synthesis alone.")
 @json_option
 @common_options
-def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | None, tune: Tune, as_json: bool) -> None:
+def export(
+    *,
+    checkpoint: Path,
+    name: str,
+    folder: Path | None,
+    photos: Path | None,
+    clips: Path | None,
+    tune: Tune,
+    as_json: bool,
+) -> None:
     """Turn a training CHECKPOINT into shippable weights called NAME."""
     from calotype.errors import InputError, ModelNotFoundError
 
@@ -130,7 +144,7 @@ def export(*, checkpoint: Path, name: str, folder: Path | None, photos: Path | N
 
     folder = folder or WEIGHTS
     try:
-        written = export_weights(checkpoint, name, folder, photos, tune)
+        written = export_weights(checkpoint, name, folder, photos, clips, tune)
     except LookupError as error:
         raise ModelNotFoundError(f"{name} is not a model of the index in {folder}: add it there first") from error
     except (ValueError, FileNotFoundError) as error:

@@ -33,7 +33,7 @@ from calotype.windows import Box, Progress, grid
 
 SCHEDULES: dict[Tune, dict[int, Schedule]] = {
     "psnr": {7: Schedule(6, 0.05, 1.5, 0.02), 9: Schedule(20, 0.02, 1.5, 0.01)},
-    "visual": {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.03, 1.5, 0.01)},
+    "visual": {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.04, 3.0, 0.01)},
 }
 """How latents are refined, by tune and effort; at other efforts they are those of the analysis."""
 

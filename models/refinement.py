@@ -46,7 +46,7 @@ _BETAS = (0.8, 0.95)
 """Of Adam: shorter memories than usual, because there are only tens of steps."""
 _WEAK = 1.0
 """A gradient in bits per quantisation step; latents with weaker ones move in proportion, not at the full rate."""
-_ERROR, _FEATURES, _STRUCTURE, _GROWTH = 0.2, 6.0, 20.0, 0.7
+_ERROR, _FEATURES, _STRUCTURE, _GROWTH = 0.2, 4.0, 20.0, 0.7
 """Of a picture drawn for its looks: squared error counts so much of what it does otherwise; distances of features and
 of structure cost so many bits per pixel, times λ to this power, as the bits of pictures grow."""
 _SMALLEST = 64

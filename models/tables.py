@@ -1,13 +1,14 @@
 """Integer probability tables: what the range coder is told about a symbol.
 
 A symbol (a rounded difference from a predicted mean) follows a zero-mean Gaussian of one of `SCALES` standard
-deviations. The tables are computed once, when weights are exported, and are shipped with them: no decoder ever
-evaluates a Gaussian.
+deviations, or what was counted in its place. The tables are computed once, when weights are exported, and are shipped
+with them: no decoder ever evaluates a Gaussian.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ TAIL = 6.5
 """Half-width of a table in standard deviations; what lies outside is coded as an escape."""
 ESCAPE = 2**7
 FLOOR = 2**4
+CERTAINTY = 500
+"""So many symbols must be counted to count as much as the Gaussian."""
 
 MEAN_UNIT = 64
 """Means and latents are integers in units of 1/64 of the quantisation step."""
@@ -61,6 +64,28 @@ def gaussian_frequencies() -> Tensor:
         frequencies = torch.floor(mass / mass.sum() * room).long() + FLOOR
         frequencies[reach] += total - ESCAPE - frequencies.sum()
         rows.append(torch.cat([frequencies, torch.tensor([ESCAPE])]))
+    return torch.cat(rows).to(torch.int32)
+
+
+def fitted_frequencies(counts: Sequence[Tensor]) -> Tensor:
+    """Frequencies of all tables from how often each symbol was coded under them; like `gaussian_frequencies`.
+
+    Decoded latents have longer tails than the Gaussians that a model is trained with, the longer the smaller their
+    standard deviation.
+
+    Args:
+        counts: [2 half-width + 2] each, escapes last.
+    """
+    total = 2**PRECISION
+    rows = []
+    law = gaussian_frequencies().split([2 * half_width(index) + 2 for index in range(SCALES)])
+    for row, gaussian in zip(counts, law, strict=True):
+        row = row.double()
+        mirrored = torch.cat([(row[:-1] + row[:-1].flip(0)) / 2, row[-1:]])
+        mass = (mirrored + CERTAINTY * gaussian / total) / (mirrored.sum() + CERTAINTY)
+        frequencies = torch.floor(mass * (total - FLOOR * len(mass))).long() + FLOOR
+        frequencies[len(mass) // 2 - 1] += total - frequencies.sum()
+        rows.append(frequencies)
     return torch.cat(rows).to(torch.int32)
 
 

@@ -229,17 +229,23 @@ def save(network: Hyperprior | Mixture | Video | Vqgan, path: Path) -> str:
     """Write the shipped form of a trained network: float transforms, integer entropy layers. Returns the SHA-256."""
     from safetensors.torch import save as save_tensors
 
-    data = save_tensors(shipped(network), {"config": json.dumps(asdict(network.config), sort_keys=True)})
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    return _replace(
+        path, save_tensors(shipped(network), {"config": json.dumps(asdict(network.config), sort_keys=True)})
+    )
 
 
 def save_synthesis(network: Hyperprior, path: Path) -> str:
     """Write only what a trained network draws pictures with, as `save` would. Returns the SHA-256."""
     from safetensors.torch import save as save_tensors
 
-    data = save_tensors({key: value for key, value in shipped(network).items() if key.startswith(SYNTHESIS)})
-    path.write_bytes(data)
+    return _replace(path, save_tensors({k: v for k, v in shipped(network).items() if k.startswith(SYNTHESIS)}))
+
+
+def _replace(path: Path, data: bytes) -> str:
+    """Put a file in place of the old one, which others may have mapped into memory. Returns the SHA-256."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from video_clips import make_clip, pan
 from calotype import container
 from calotype.api import Codec
 from calotype.media import Picture
-from calotype.models import zoo
+from calotype.models import tables, zoo
 from calotype.models.exact import LIMIT, IntConv, QuantConv
 from calotype.models.hyperprior import Hyperprior
-from calotype.models.priors import HYPER_UNIT, HyperAnalysis
+from calotype.models.priors import HYPER_UNIT, HyperAnalysis, Request
 from calotype.models.quantizers import base_step, lagrangian
 from calotype.models.training import clips
 from calotype.models.training import trainer as training
 from calotype.models.training.clips import find_clips, load_clips
+from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb
 from calotype.models.training.export import export_weights
 from calotype.models.training.optim import Muon, build_optimizers, orthogonalise
@@ -313,6 +315,46 @@ def test_rollouts_decode_frames_in_turn(clips_folder: Path, tmp_path: Path) -> N
     # Two slots, out of phase, each counting 1, 2, 3 and again.
     assert [p[0] for p in seen] == [1, 2, 3, 1, 2, 3, 1]
     assert [p[1] for p in seen] == [2, 3, 1, 2, 3, 1, 2]
+
+
+def test_tables_of_a_video_model_are_fitted_to_what_it_codes(clips_folder: Path, tmp_path: Path) -> None:
+    """Its symbols take fewer bits than under Gaussians; all else of the weights stays."""
+    shutil.copy(zoo.WEIGHTS / "index.json", tmp_path)
+    torch.save({"ema": dict(Video().named_parameters())}, tmp_path / CHECKPOINT)
+    plain = load_file(export_weights(tmp_path / CHECKPOINT, "video", tmp_path))
+    fitted = load_file(export_weights(tmp_path / CHECKPOINT, "video", tmp_path, clips=clips_folder))
+    assert torch.equal(plain["prior.frequencies"], tables.gaussian_frequencies())
+    assert [key for key in plain if not torch.equal(plain[key], fitted[key])] == ["prior.frequencies"]
+    rows = fitted["prior.frequencies"].split([2 * tables.half_width(i) + 2 for i in range(tables.SCALES)])
+    for row in rows:
+        assert row.sum() == 2**tables.PRECISION
+        assert row.min() >= 1
+        assert torch.equal(row[:-1], row[:-1].flip(0))
+
+
+def test_fitted_tables_tell_what_was_counted() -> None:
+    widths = [2 * tables.half_width(i) + 2 for i in range(tables.SCALES)]
+    gaussian = tables.gaussian_frequencies().split(widths)
+    untouched = tables.fitted_frequencies([torch.zeros(width) for width in widths]).split(widths)
+    for i, (row, law) in enumerate(zip(untouched, gaussian, strict=True)):
+        assert (row - law).abs().max() <= 32 * widths[i], "nothing counted: the Gaussian, but for a floor"
+    heavy = [torch.zeros(width) for width in widths]
+    heavy[5] = torch.tensor([300.0, 99300.0, 300.0, 100.0])
+    row = tables.fitted_frequencies(heavy).split(widths)[5].double() / 2**tables.PRECISION
+    assert row.tolist() == pytest.approx([0.003, 0.993, 0.003, 0.001], rel=0.02)
+
+
+def test_symbols_are_counted_by_table() -> None:
+    coded = Request(torch.tensor([[3, 4, 4, 5, 9]]), torch.tensor([[7, -1, 9, 0, 0]], dtype=torch.int32))
+
+    def coding() -> Generator[Request, torch.Tensor, str]:
+        assert coded.symbols is not None
+        assert torch.equal((yield coded), coded.symbols)
+        return "done"
+
+    counts = SymbolCounts([1, 2], first=4)
+    assert counts.of(coding()) == "done"
+    assert [row.tolist() for row in counts.rows] == [[1, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
 
 
 def test_clips_that_are_too_short_or_small_are_refused(clips_folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calotype.models import tables
 from calotype.models.motion import BLOCK, HALF_WIDTHS, Planes, Reference, code_field, search
+from calotype.models.training.counting import SymbolCounts
 
 SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".y4m"}
 ALIGN = 16
@@ -105,27 +106,12 @@ def load_clips(folder: Path, cache: Path) -> list[Clip]:
 
 def count_vectors(fields: Iterable[Tensor]) -> list[Tensor]:
     """How often each symbol of motion fields [T, 2, h, w] was coded in each context: the input of `fit_tables`."""
-    counts = [torch.zeros(2 * half + 2) for half in HALF_WIDTHS]
-    first = tables.SKIP
+    counts = SymbolCounts(HALF_WIDTHS, tables.SKIP)
     for frames in fields:
         previous = torch.zeros_like(frames[:1]).long()
         for field in frames[1:].long().split(1):
-            coding = code_field((1, *field.shape[2:]), previous, first, field)
-            request = next(coding)
-            while True:
-                assert request.symbols is not None
-                for table in request.tables.unique().tolist():
-                    if table >= first:
-                        half = HALF_WIDTHS[table - first]
-                        symbols = request.symbols[request.tables == table]
-                        column = torch.where(symbols.abs() > half, 2 * half + 1, symbols + half)
-                        counts[table - first] += torch.bincount(column, minlength=2 * half + 2)
-                try:
-                    request = coding.send(request.symbols)
-                except StopIteration:
-                    break
-            previous = field
-    return counts
+            previous = counts.of(code_field((1, *field.shape[2:]), previous, tables.SKIP, field))
+    return counts.rows
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,19 @@ from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
 from calotype.models.training import codebooks
+from calotype.models.training.recipe import Recipe
+from calotype.models.training.video import fit_prior, key_frame_model
 from calotype.models.video import Video
 from calotype.models.vqgan import Vqgan
 
 
 def export_weights(
-    checkpoint: Path, name: str, folder: Path = zoo.WEIGHTS, photos: Path | None = None, tune: zoo.Tune = "psnr"
+    checkpoint: Path,
+    name: str,
+    folder: Path = zoo.WEIGHTS,
+    photos: Path | None = None,
+    clips: Path | None = None,
+    tune: zoo.Tune = "psnr",
 ) -> Path:
     """Write the averaged weights of `checkpoint` as NAME.safetensors into `folder` and update its index.
 
@@ -25,6 +32,7 @@ def export_weights(
 
     Args:
         photos: a folder of photographs on which a model with codebooks fits them.
+        clips: a folder of clips on which a video model fits the tables of its latents; Gaussians without.
         tune: `visual` for the synthesis alone, NAME-visual.safetensors, of a model that is in the folder.
     Returns:
         The weights' path.
@@ -51,6 +59,8 @@ def export_weights(
         if photos is None:
             raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs (--photos)")
         codebooks.fit(network, photos)
+    if isinstance(network, Video) and clips is not None:
+        fit_prior(network.eval(), key_frame_model(Recipe.model_fields["image_model"].default), clips)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

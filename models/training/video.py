@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
-from calotype.models import zoo
+from calotype.models import tables, zoo
+from calotype.models.exact import integerise
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.motion import Planes, Reference, compensate, fit_tables, search
 from calotype.models.quantizers import QUALITY_STEPS
@@ -18,6 +21,7 @@ from calotype.models.training.clips import (
     load_frames,
     to_planes,
 )
+from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation, loss_per_sample
 from calotype.models.video import (
@@ -36,6 +40,8 @@ from calotype.models.video import (
 VALIDATION_QUALITIES = (0.2, 0.45, 0.7)
 VALIDATION_FRAMES = 7
 QUALITY_JITTER = 0.08
+FITTED_FRAMES = 9
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 CHROMA_WEIGHT = (7.6, 1.2)
 """Of each chroma plane against 6 of luma, at the lowest and at the highest quality."""
 
@@ -112,12 +118,56 @@ def _colour_matrices(factor: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def key_frame_model(name: str) -> Hyperprior:
+    """A shipped model, in floats, that codes key frames."""
+    image = Hyperprior()
+    zoo.load_parameters(image, zoo.describe(name).weights)
+    return image.eval().requires_grad_(False)
+
+
 def code_key_frame(image: Hyperprior, frame: Planes, t: Tensor) -> tuple[Planes, Tensor, Tensor]:
     """Decoded frame, latent in steps, and estimated bits [B] of a key frame."""
     y = image.analyse(to_rgb(frame), t)
     y_hat, y_bits, z_bits = image.prior(image.hyper_analysis(y), y, t)
     decoded = from_rgb(image.synthesise(y_hat, t))
     return Planes(decoded.luma.clamp(-0.5, 0.5), decoded.chroma.clamp(-0.5, 0.5)), y_hat, y_bits + z_bits
+
+
+@torch.inference_mode()
+def fit_prior(video: Video, image: Hyperprior, folder: Path) -> None:
+    """Put what is coded of the clips below `folder` in place of the Gaussians of `video.prior`.
+
+    Of each clip the first frames, at a quality of its own; the qualities fill their range evenly.
+    """
+    network = integerise(video)
+    counts = SymbolCounts([tables.half_width(index) for index in range(tables.SCALES)], 0)
+    for number, path in enumerate(find_clips(folder)):
+        luma, chroma = load_frames(path, FITTED_FRAMES)
+        base = round(number * GOLDEN_RATIO % 1 * QUALITY_STEPS)
+        _, t = _quality(base + KEY_OFFSET)
+        reference, latent, _ = code_key_frame(image, to_planes(luma[:1], chroma[:1]), t)
+        key = torch.round(latent * tables.MEAN_UNIT)
+        shape = (1, *key.shape[2:])
+        field = torch.zeros(1, 2, 2 * shape[1], 2 * shape[2], dtype=torch.int64)
+        memory = Memory(torch.zeros_like(key), key, torch.ones(1))
+        for place in range(1, len(luma)):
+            quality, t = _quality(base + OFFSETS[(place - 1) % len(OFFSETS)])
+            x = to_planes(luma[place : place + 1], chroma[place : place + 1])
+            source, last_field = Reference(reference), field
+            field = search(x, source, search_cost(t), last_field)
+            prediction = compensate(source, field)
+            context = video.context(prediction)
+            y = video.analyse(x, prediction, context, t)
+            field, latent = counts.of(network.code(shape, quality, memory, last_field, field, y))
+            reference = video.synthesise(video.dequantise(latent).contiguous(), prediction, context, t)
+            memory = Memory(latent, key, torch.zeros(1))
+    video.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))
+
+
+def _quality(step: int) -> tuple[Tensor, Tensor]:
+    """A quality in range, as the integer [1] of coding and in [0, 1]."""
+    integer = torch.tensor([min(max(step, 0), QUALITY_STEPS)])
+    return integer, integer.float() / QUALITY_STEPS
 
 
 class Rollouts:
@@ -185,9 +235,7 @@ class ClipTask(Task):
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
         self.recipe, self.device = recipe, device
-        self.image = Hyperprior().to(device)
-        zoo.load_parameters(self.image, zoo.describe(recipe.image_model).weights)
-        self.image.eval().requires_grad_(False)
+        self.image = key_frame_model(recipe.image_model).to(device)
         video = Video()
         if recipe.start_from is None:
             start_from_image_model(video, self.image)
