@@ -48,9 +48,10 @@ def other(name: str, picture: Picture, size: int) -> tuple[int, Picture]:
 def own(name: str, picture: Picture, bpp: float) -> tuple[int, Picture]:
     codec = Codec.load(tune="visual" if name == "visual" else "psnr")
     if name.startswith("q"):
-        data = codec.encode(picture, quality=float(name[1:])).data
+        data = codec.encode(picture, quality=float(name[1:]), metadata=()).data
     else:
-        data = codec.encode(picture, target=Target("bpp", bpp), effort=9 if name == "visual" else 5).data
+        effort = 9 if name == "visual" else 5
+        data = codec.encode(picture, target=Target("bpp", bpp), effort=effort, metadata=()).data
     return len(data), codec.decode(data).picture
 
 
