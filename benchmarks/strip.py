@@ -1,8 +1,9 @@
-"""Crops of pictures beside each other, one row a picture: the original, and what codecs make of it. Makes the pictures
+r"""Crops of pictures beside each other, one row a picture: the original, and what codecs make of it. Makes the pictures
 in README and docs.
 
 python benchmarks/strip.py docs/images/strip.png samples/coffee.png:180,80,240,240 --bpp 0.25
-python benchmarks/strip.py docs/images/low.jpg samples/chelsea.png:100,20,240,240 --columns q5,q10,q20
+python benchmarks/strip.py docs/images/low.jpg samples/chelsea.png:120,40,220,220 samples/astronaut.png:130,0,220,220 \
+    samples/coffee.png:180,80,220,220 --columns q5,q10,q20
 
 Columns: jpeg, webp and avif at the size of the last column that is Calotype's; calotype; visual, refined (effort 9) and
 drawn for its looks; qN, Calotype at quality N.

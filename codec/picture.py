@@ -142,8 +142,8 @@ class PictureCoder:
     ) -> list[bytes]:
         """Tile payloads in raster order for pixels [H, W, C] at an integer quality and a tile side in pixels.
 
-        At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it. Raises InputError for
-        these efforts if the model's latents cannot be refined.
+        At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it, 4 kB where looks count.
+        Raises InputError for these efforts if the model's latents cannot be refined.
         """
         schedule = SCHEDULES[self.tune].get(effort)
         if schedule and not isinstance(self.network, Hyperprior):

@@ -289,9 +289,7 @@ def fit_tables(counts: Sequence[Tensor]) -> Tensor:
     rows = []
     for row, law in zip(counted, [choice] * _CHOICES + [component] * (len(counts) - _CHOICES), strict=True):
         mass = (row + 20 * law / law.sum()) / (row.sum() + 20)
-        frequency = torch.floor(mass * (total - 64 * len(mass))).long() + 64
-        frequency[mass.argmax()] += total - frequency.sum()
-        rows.append(frequency)
+        rows.append(tables.apportion(mass, total, floor=64, rest=int(mass.argmax())))
     return torch.cat(rows).to(torch.int32)
 
 

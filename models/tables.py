@@ -60,9 +60,7 @@ def gaussian_frequencies() -> Tensor:
         edges = (torch.arange(-reach, reach + 2, dtype=torch.float64) - 0.5) / sigma
         cumulative = torch.special.ndtr(edges)
         mass = cumulative[1:] - cumulative[:-1]
-        room = total - ESCAPE - FLOOR * mass.numel()
-        frequencies = torch.floor(mass / mass.sum() * room).long() + FLOOR
-        frequencies[reach] += total - ESCAPE - frequencies.sum()
+        frequencies = apportion(mass / mass.sum(), total - ESCAPE, floor=FLOOR, rest=reach)
         rows.append(torch.cat([frequencies, torch.tensor([ESCAPE])]))
     return torch.cat(rows).to(torch.int32)
 
@@ -83,10 +81,18 @@ def fitted_frequencies(counts: Sequence[Tensor]) -> Tensor:
         row = row.double()
         mirrored = torch.cat([(row[:-1] + row[:-1].flip(0)) / 2, row[-1:]])
         mass = (mirrored + CERTAINTY * gaussian / total) / (mirrored.sum() + CERTAINTY)
-        frequencies = torch.floor(mass * (total - FLOOR * len(mass))).long() + FLOOR
-        frequencies[len(mass) // 2 - 1] += total - frequencies.sum()
-        rows.append(frequencies)
+        rows.append(apportion(mass, total, floor=FLOOR, rest=len(mass) // 2 - 1))
     return torch.cat(rows).to(torch.int32)
+
+
+def apportion(mass: Tensor, total: int, *, floor: int, rest: int) -> Tensor:
+    """Integers [n] of the sum `total` in proportion to `mass` [n], which sums to 1, each at least `floor`.
+
+    Element `rest` takes what rounding leaves.
+    """
+    frequencies = torch.floor(mass * (total - floor * len(mass))).long() + floor
+    frequencies[rest] += total - frequencies.sum()
+    return frequencies
 
 
 def companding() -> Tensor:

@@ -41,6 +41,11 @@ OFFSETS = (-40, 0, -40, 80)
 """... and so is every fourth of the others, as in the hierarchical quality of DCVC-FM; in steps of quality."""
 
 
+def quality_offset(place: int) -> int:
+    """Steps of quality by which the frame at this place of its group is better than the group's quality says."""
+    return OFFSETS[(place - 1) % len(OFFSETS)] if place else KEY_OFFSET
+
+
 @dataclass(frozen=True)
 class VideoConfig:
     """Widths and depths; the defaults are those of the shipped weights."""

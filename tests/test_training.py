@@ -318,7 +318,7 @@ def test_rollouts_decode_frames_in_turn(clips_folder: Path, tmp_path: Path) -> N
 
 
 def test_tables_of_a_video_model_are_fitted_to_what_it_codes(clips_folder: Path, tmp_path: Path) -> None:
-    """Its symbols take fewer bits than under Gaussians; all else of the weights stays."""
+    """They are whole and symmetric, and all else of the weights stays."""
     shutil.copy(zoo.WEIGHTS / "index.json", tmp_path)
     torch.save({"ema": dict(Video().named_parameters())}, tmp_path / CHECKPOINT)
     plain = load_file(export_weights(tmp_path / CHECKPOINT, "video", tmp_path))

@@ -275,7 +275,8 @@ class Engine:
         codec = self.codec(model, tune)
         if not isinstance(codec.coder, PictureCoder):
             return codec
-        return Codec(PictureCoder(codec.coder.network, codec.coder.device, batch=BATCH_PIXELS), codec.spec, tune)
+        coder = PictureCoder(codec.coder.network, codec.coder.device, tune=tune, batch=BATCH_PIXELS)
+        return Codec(coder, codec.spec, tune)
 
     def compare(self, query: CompareQuery, body: bytes, check: Check) -> Reply:
         """A picture to the best file of an older format that is no larger than `size`."""

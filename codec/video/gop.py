@@ -23,7 +23,7 @@ from calotype.errors import FormatError, ModelNotFoundError
 from calotype.models import tables, zoo
 from calotype.models.motion import HALF_WIDTHS, Planes, Reference, compensate, search
 from calotype.models.quantizers import QUALITY_STEPS
-from calotype.models.video import KEY_OFFSET, OFFSETS, Memory, Video, frame_psnr, search_cost
+from calotype.models.video import Memory, Video, frame_psnr, quality_offset, search_cost
 from calotype.picture import PictureCoder
 from calotype.stopwatch import Stopwatch
 from calotype.video import planes
@@ -145,7 +145,7 @@ class GopEncoder(_Chain):
         key = key or self.reference is None
         self._place = 0 if key else self._place + 1
         base = self.format.quality if quality is None else quality
-        offset = KEY_OFFSET if key else OFFSETS[(self._place - 1) % len(OFFSETS)] + self._steadiness.correction
+        offset = quality_offset(self._place) + (0 if key else self._steadiness.correction)
         step = min(max(base + offset, 0), QUALITY_STEPS)
         integer, t = self._quality(step)
         x = planes.to_planes(frame, self.device)

@@ -12,7 +12,7 @@ from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
 from calotype.models.training import codebooks
-from calotype.models.training.recipe import Recipe
+from calotype.models.training.recipe import IMAGE_MODEL
 from calotype.models.training.video import fit_prior, key_frame_model
 from calotype.models.video import Video
 from calotype.models.vqgan import Vqgan
@@ -60,7 +60,7 @@ def export_weights(
             raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs (--photos)")
         codebooks.fit(network, photos)
     if isinstance(network, Video) and clips is not None:
-        fit_prior(network.eval(), key_frame_model(Recipe.model_fields["image_model"].default), clips)
+        fit_prior(network.eval(), key_frame_model(IMAGE_MODEL), clips)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

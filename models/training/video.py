@@ -25,13 +25,12 @@ from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation, loss_per_sample
 from calotype.models.video import (
-    KEY_OFFSET,
-    OFFSETS,
     STRIDE,
     FrameRates,
     Memory,
     Video,
     frame_psnr,
+    quality_offset,
     search_cost,
     shuffle,
     unshuffle,
@@ -117,7 +116,6 @@ def _colour_matrices(factor: int) -> tuple[Tensor, Tensor]:
     return forward, back
 
 
-@torch.no_grad()
 def key_frame_model(name: str) -> Hyperprior:
     """A shipped model, in floats, that codes key frames."""
     image = Hyperprior()
@@ -125,6 +123,7 @@ def key_frame_model(name: str) -> Hyperprior:
     return image.eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def code_key_frame(image: Hyperprior, frame: Planes, t: Tensor) -> tuple[Planes, Tensor, Tensor]:
     """Decoded frame, latent in steps, and estimated bits [B] of a key frame."""
     y = image.analyse(to_rgb(frame), t)
@@ -140,18 +139,18 @@ def fit_prior(video: Video, image: Hyperprior, folder: Path) -> None:
     Of each clip the first frames, at a quality of its own; the qualities fill their range evenly.
     """
     network = integerise(video)
-    counts = SymbolCounts([tables.half_width(index) for index in range(tables.SCALES)], 0)
+    counts = SymbolCounts(video.prior.tables.half_widths, 0)
     for number, path in enumerate(find_clips(folder)):
         luma, chroma = load_frames(path, FITTED_FRAMES)
         base = round(number * GOLDEN_RATIO % 1 * QUALITY_STEPS)
-        _, t = _quality(base + KEY_OFFSET)
+        _, t = _quality(base + quality_offset(0))
         reference, latent, _ = code_key_frame(image, to_planes(luma[:1], chroma[:1]), t)
         key = torch.round(latent * tables.MEAN_UNIT)
         shape = (1, *key.shape[2:])
         field = torch.zeros(1, 2, 2 * shape[1], 2 * shape[2], dtype=torch.int64)
         memory = Memory(torch.zeros_like(key), key, torch.ones(1))
         for place in range(1, len(luma)):
-            quality, t = _quality(base + OFFSETS[(place - 1) % len(OFFSETS)])
+            quality, t = _quality(base + quality_offset(place))
             x = to_planes(luma[place : place + 1], chroma[place : place + 1])
             source, last_field = Reference(reference), field
             field = search(x, source, search_cost(t), last_field)
@@ -198,7 +197,7 @@ class Rollouts:
         self.position[slot] = 1
         t = torch.rand(1)
         self.quality[slot] = t
-        better = (t + KEY_OFFSET / QUALITY_STEPS).clamp(max=1)
+        better = (t + quality_offset(0) / QUALITY_STEPS).clamp(max=1)
         decoded, latent, _ = code_key_frame(self.image, to_planes(segment.luma[:1], segment.chroma[:1]), better)
         self.reference.luma[slot] = decoded.luma[0]
         self.reference.chroma[slot] = decoded.chroma[0]
@@ -219,7 +218,7 @@ class Rollouts:
         with torch.no_grad():
             prediction = compensate(Reference(self.reference), field)
         # Frames of a video differ in quality: some are worth more than others, and rate control moves it.
-        pattern = torch.tensor([OFFSETS[(place - 1) % len(OFFSETS)] / QUALITY_STEPS for place in self.position])
+        pattern = torch.tensor([quality_offset(place) / QUALITY_STEPS for place in self.position])
         moved = QUALITY_JITTER * (2 * torch.rand(self.batch) - 1) * (torch.rand(self.batch) < 0.25)
         return x, prediction, field, self.memory, (self.quality + pattern + moved).clamp(0, 1)
 
