@@ -5,8 +5,8 @@ python benchmarks/strip.py docs/images/strip.png samples/coffee.png:180,80,240,2
 python benchmarks/strip.py docs/images/low.jpg samples/chelsea.png:120,40,220,220 samples/astronaut.png:130,0,220,220 \
     samples/coffee.png:180,80,220,220 --columns q5,q10,q20
 
-Columns: jpeg, webp and avif at the size of the last column that is Calotype's; calotype; visual, refined (effort 9) and
-drawn for its looks; qN, Calotype at quality N.
+Columns: jpeg, webp and avif at the size of the last column of Calotype; calotype; visual, the model of that name;
+qN, Calotype at quality N.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from calotype.api import Codec, psnr
+from calotype.api import MODELS, Codec, psnr
 from calotype.media import Picture, read_picture, to_pillow
 from calotype.rate import Target
 
@@ -47,12 +47,11 @@ def other(name: str, picture: Picture, size: int) -> tuple[int, Picture]:
 
 
 def own(name: str, picture: Picture, bpp: float) -> tuple[int, Picture]:
-    codec = Codec.load(tune="visual" if name == "visual" else "psnr")
+    codec = Codec.load(MODELS["visual" if name == "visual" else "psnr"])
     if name.startswith("q"):
         data = codec.encode(picture, quality=float(name[1:]), metadata=()).data
     else:
-        effort = 9 if name == "visual" else 5
-        data = codec.encode(picture, target=Target("bpp", bpp), effort=effort, metadata=()).data
+        data = codec.encode(picture, target=Target("bpp", bpp), metadata=()).data
     return len(data), codec.decode(data).picture
 
 

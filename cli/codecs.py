@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Codecs:
     """Codecs by model name, on one device and of one tune."""
 
-    def __init__(self, device: str, tune: Tune = "psnr") -> None:
+    def __init__(self, device: str, tune: Tune | None = None) -> None:
         self._device, self._tune = device, tune
         self._loaded: dict[str, Codec] = {}
         self._lock = threading.Lock()

@@ -41,7 +41,7 @@ _SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
     "--region", type=region_box, metavar="X,Y,W,H", help="Only this part of the picture, in pixels of the full size."
 )
 @click.option("--scale", type=click.Choice(list(_SCALES)), default="1", help="Decode smaller, and faster.")
-@tune_option("Draw the picture of least error, or one that looks sharper.")
+@tune_option("Draw files of the model hyperprior for least error (as it does), or a little sharper.")
 @click.option("--frames", type=frame_range, metavar="A:B", help="Of a video, these frames only: 10:20, 10:, :20 or 10.")
 @click.option("--allow-partial", is_flag=True, help="Decode what is intact of a damaged file.")
 @click.option(
@@ -73,7 +73,7 @@ def decode(
     format_: str | None,
     region: tuple[int, int, int, int] | None,
     scale: str,
-    tune: Tune,
+    tune: Tune | None,
     frames: slice | None,
     allow_partial: bool,
     simulate_loss: float,
@@ -97,7 +97,7 @@ def decode(
 
     settings = ctx.ensure_object(Settings)
     if wants_video(inputs, format_, batch.output):
-        if region is not None or scale != "1" or tune != "psnr":
+        if region is not None or scale != "1" or tune is not None:
             raise click.UsageError("--region, --scale and --tune are for pictures.")
         if tokens is not None or simulate_loss:
             raise click.UsageError("--tokens and --simulate-loss are for pictures.")

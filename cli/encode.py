@@ -39,7 +39,13 @@ _SCHEMA = "calotype.encode/1"
 @click.option("--target-size", type=size, metavar="SIZE", help="Largest size of each file: 40k, 40KiB, 1M or bytes.")
 @click.option("--target-bpp", type=click.FloatRange(0, min_open=True), help="Most bits per pixel of each file.")
 @click.option("--target-psnr", type=click.FloatRange(0, min_open=True), help="PSNR to reach, in dB.")
-@click.option("-m", "--model", default="hyperprior", show_default=True, help="A model of `calotype models list`.")
+@click.option(
+    "-m",
+    "--model",
+    "model_name",
+    metavar="NAME",
+    help="A model of `calotype models list`; hyperprior unless --tune says otherwise.",
+)
 @click.option(
     "--tile",
     type=click.Choice(["256", "512", "1024", "2048"]),
@@ -56,7 +62,7 @@ _SCHEMA = "calotype.encode/1"
     help="Encoding time for smaller files at equal quality, or with vqgan for better pictures: 7 and 9 refine each "
     "picture by gradient descent, some 20 and 50 times slower. Decoding stays as fast.",
 )
-@tune_option("With --effort 7 or 9: refine for least error, or for how decode --tune visual draws the picture.")
+@tune_option("Make files of least error (the model hyperprior), or that look like the original (the model visual).")
 @click.option(
     "--packets",
     type=click.IntRange(1, 32),
@@ -89,10 +95,10 @@ def encode(
     ctx: click.Context,
     *,
     inputs: tuple[Path, ...],
-    model: str,
+    model_name: str | None,
     tile: str,
     effort: str,
-    tune: Tune,
+    tune: Tune | None,
     packets: int,
     tokens: str | None,
     metadata: tuple[str, ...],
@@ -110,20 +116,22 @@ def encode(
     IN is a file, a folder or - for standard input. photo.jpg becomes photo.clt beside it unless -o says otherwise. IN
     may also be an .npz file of tokens, which have a quality and a model of their own.
     """
+    from calotype.api import model_for
     from calotype.container import SUFFIX
+    from calotype.errors import InputError
     from calotype.job import EncodeJob
     from calotype.limits import DEFAULT_MAX_PIXELS
     from calotype.media import INPUT_SUFFIXES
 
     settings = ctx.ensure_object(Settings)
     target = _target(ctx, {"target_size": target_size, "target_bpp": target_bpp, "target_psnr": target_psnr})
-    if tune != "psnr" and effort == "5":
-        raise click.UsageError(
-            "--tune visual refines files with --effort 7 or 9; plain ones are drawn by decode --tune."
-        )
-    codecs = Codecs(settings.device, tune)
+    try:
+        model = model_for(model_name, tune)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+    codecs = Codecs(settings.device)
     limit = max_pixels or DEFAULT_MAX_PIXELS
-    job = EncodeJob(model, quality, target, int(tile), metadata, verify, limit, int(effort), tune, packets)
+    job = EncodeJob(model, quality, target, int(tile), metadata, verify, limit, int(effort), packets)
 
     def work(task: Task, progress: Progress) -> Product:
         token_files.check(task)

@@ -34,7 +34,7 @@ def _record(spec: ModelSpec) -> dict[str, Any]:
         "weights": str(spec.weights),
         "sha256": spec.sha256,
         "card": str(spec.card),
-        "tunes": list(TUNES if spec.visual else TUNES[:1]),
+        "tunes": list(TUNES) if spec.visual else [spec.tune],
     }
 
 
@@ -114,14 +114,14 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
 @click.option(
     "--photos",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Photographs to which the codebooks of mixture are fitted.",
+    help="Photographs to which codebooks (mixture) or tables (hyperprior, visual) are fitted.",
 )
 @click.option(
     "--clips",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Clips to which the tables of video are fitted.",
 )
-@tune_option("The whole model, or its second synthesis alone.")
+@tune_option("With visual, only a second synthesis of hyperprior.")
 @json_option
 @common_options
 def export(
@@ -131,7 +131,7 @@ def export(
     folder: Path | None,
     photos: Path | None,
     clips: Path | None,
-    tune: Tune,
+    tune: Tune | None,
     as_json: bool,
 ) -> None:
     """Turn a training CHECKPOINT into shippable weights called NAME."""

@@ -118,7 +118,7 @@ def common_options(function: Function) -> Function:
 
 def tune_option(help: str) -> Callable[[Function], Function]:
     """--tune, of a command with pictures or weights."""
-    return click.option("--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True, help=help)
+    return click.option("--tune", type=click.Choice(TUNES), help=help)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")

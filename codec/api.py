@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from calotype.tokens import TokenCoder, Tokens
     from calotype.windows import Box
 
-DEFAULT_MODEL = "hyperprior"
+MODELS: dict[zoo.Tune, str] = {"psnr": "hyperprior", "visual": "visual"}
+"""The models for everyday pictures, by what they are trained for."""
+DEFAULT_MODEL = MODELS["psnr"]
 DEFAULT_QUALITY = 60.0
 DEFAULT_TILE = 1024
 DEFAULT_EFFORT = 5
@@ -92,6 +94,16 @@ def model(name: str) -> zoo.ModelSpec:
         raise ModelNotFoundError(str(error)) from error
 
 
+def model_for(name: str | None, tune: zoo.Tune | None) -> str:
+    """The model to encode with: the one that is named, or that of `MODELS` for a tune.
+
+    Raises InputError if both are given and differ.
+    """
+    if name is not None and tune is not None and name != MODELS[tune]:
+        raise InputError(f"the tune {tune} means the model {MODELS[tune]}, not {name}: give one of the two")
+    return name or MODELS[tune or "psnr"]
+
+
 def verify_model(name: str) -> None:
     """Check the SHA-256 of a model's weights. Raises ModelNotFoundError."""
     try:
@@ -105,7 +117,7 @@ _LOADING = threading.Lock()
 
 
 @functools.cache
-def _coder(name: str, device: str, tune: zoo.Tune) -> PictureCoder | TokenCoder:
+def _coder(name: str, device: str, tune: zoo.Tune | None) -> PictureCoder | TokenCoder:
     from calotype.models.vqgan import Vqgan
     from calotype.picture import PictureCoder, StillModel
     from calotype.tokens import TokenCoder
@@ -119,30 +131,30 @@ def _coder(name: str, device: str, tune: zoo.Tune) -> PictureCoder | TokenCoder:
         return TokenCoder(network, chosen)
     if not isinstance(network, StillModel):
         raise ModelNotFoundError(f"model {name!r} does not code still pictures")
-    return PictureCoder(network, chosen, tune=tune)
+    return PictureCoder(network, chosen, tune=zoo.describe(name).tune)
 
 
 class Codec:
     """A model on a device: encodes and decodes pictures. Threads may share one."""
 
-    def __init__(self, coder: PictureCoder | TokenCoder, spec: zoo.ModelSpec, tune: zoo.Tune = "psnr") -> None:
+    def __init__(self, coder: PictureCoder | TokenCoder, spec: zoo.ModelSpec, tune: zoo.Tune | None = None) -> None:
         self.coder, self.spec, self.tune = coder, spec, tune
 
     @classmethod
-    def load(cls, model: str = DEFAULT_MODEL, *, device: str = "auto", tune: zoo.Tune = "psnr") -> Codec:
+    def load(cls, model: str = DEFAULT_MODEL, *, device: str = "auto", tune: zoo.Tune | None = None) -> Codec:
         """Load shipped weights (cached).
 
         Args:
-            tune: what decoding draws: "psnr" the picture of least error, "visual" one that looks sharper and more
-                natural, and is farther from the original in PSNR. At effort 5 the files are the same; at 7 and 9
-                latents are refined for what is drawn. Every file can be drawn either way.
+            tune: what decoding draws from files of the model hyperprior: "psnr" the picture of least error, "visual"
+                one that looks a little sharper. All others draw what they were trained for.
         Raises:
             ModelNotFoundError for an unknown model, or one without that tune, InputError for a device that is not here.
         """
-        if tune not in zoo.TUNES:
+        if tune is not None and tune not in zoo.TUNES:
             raise InputError(f"unknown tune {tune!r}: use {' or '.join(zoo.TUNES)}")
+        spec = globals()["model"](model)
         with _LOADING:
-            return cls(_coder(model, device, tune), globals()["model"](model), tune)
+            return cls(_coder(model, device, None if tune == spec.tune else tune), spec, tune)
 
     def encode(
         self,
@@ -591,14 +603,17 @@ def _describe(header: Header) -> str:
 
 
 def encode(
-    image: Any, *, model: str = DEFAULT_MODEL, device: str = "auto", tune: zoo.Tune = "psnr", **options: Any
+    image: Any, *, model: str | None = None, tune: zoo.Tune | None = None, device: str = "auto", **options: Any
 ) -> bytes:
-    """Encode an array, Pillow image or `Picture` to the bytes of a `.clt` file; options as `load`, `Codec.encode`."""
-    return Codec.load(model, device=device, tune=tune).encode(as_picture(image), **options).data
+    """Encode an array, Pillow image or `Picture` to the bytes of a `.clt` file; options as `Codec.encode`.
+
+    `model` and `tune` as in `model_for`.
+    """
+    return Codec.load(model_for(model, tune), device=device).encode(as_picture(image), **options).data
 
 
 def decode(
-    data: bytes | memoryview, *, device: str = "auto", tune: zoo.Tune = "psnr", **options: Any
+    data: bytes | memoryview, *, device: str = "auto", tune: zoo.Tune | None = None, **options: Any
 ) -> npt.NDArray[np.uint8]:
     """Decode to [H, W, C] uint8, alpha as the last channel if there is one; options as `Codec.decode` and `load`."""
     header = container.read_header(data)

@@ -13,7 +13,6 @@ from calotype.rate import Target
 
 if TYPE_CHECKING:
     from calotype.api import Codec, Encoded, Progress
-    from calotype.models.zoo import Tune
     from calotype.tokens import Tokens
 
 
@@ -41,7 +40,6 @@ class EncodeJob:
     verify: bool
     max_pixels: int = DEFAULT_MAX_PIXELS
     effort: int = 5
-    tune: Tune = "psnr"
     packets: int = 1
 
     def run(self, codec: Codec, source: Path | bytes, progress: Progress | None = None) -> EncodedPicture:

@@ -115,7 +115,7 @@ class PictureCoder:
     """Codes pictures with one network on one device. Holds no state between calls; safe to share between threads.
 
     Args:
-        tune: what the network draws pictures for; latents are refined for the same.
+        tune: what the network was trained for; latents are refined for the same.
         batch: equal tiles that are coded together; the bytes do not depend on it.
     """
 

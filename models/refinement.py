@@ -6,8 +6,8 @@ It is sought with soft rounding, whose temperature falls until the soft symbols 
 "Improving Inference for Neural Image Compression" (NeurIPS 2020), but without their sampling: few steps are too few to
 average noise out. The hyper-latent is left alone: refining it too gained nothing.
 
-What a latent is best for is a matter of taste: for least squared error, or for how the picture looks when the second
-synthesis draws it (`TASTES`).
+What a latent is best for is a matter of taste: for least squared error, or for how the picture looks
+(`calotype.models.distortion`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calotype.models import perceptual, structure
+from calotype.models.distortion import DISTORTIONS, Distortion
 from calotype.models.exact import restore
 from calotype.models.hyperprior import Hyperprior
-from calotype.models.quantizers import lagrangian
 from calotype.models.transforms import STRIDE
 from calotype.models.zoo import Tune
 
@@ -46,40 +45,6 @@ _BETAS = (0.8, 0.95)
 """Of Adam: shorter memories than usual, because there are only tens of steps."""
 _WEAK = 1.0
 """A gradient in bits per quantisation step; latents with weaker ones move in proportion, not at the full rate."""
-_ERROR, _FEATURES, _STRUCTURE, _GROWTH = 0.2, 4.0, 20.0, 0.7
-"""Of a picture drawn for its looks: squared error counts so much of what it does otherwise; distances of features and
-of structure cost so many bits per pixel, times λ to this power, as the bits of pictures grow."""
-_SMALLEST = 64
-"""Side of a tile below which there is nothing to look at."""
-
-Distortion = Callable[[Tensor], Tensor]
-"""What is wrong with a tile as it is drawn [1, 3, h, w], in bits."""
-
-
-def squared_error(pixels: Tensor, t: Tensor) -> Distortion:
-    """λ · 255² · squared error per colour."""
-    return lambda shown: lagrangian(t) * 255**2 * (shown - pixels).square().sum() / pixels.shape[1]
-
-
-def looks(pixels: Tensor, t: Tensor) -> Distortion:
-    """Distances of features and of structure, and some squared error; that alone in tiles less than 64 pixels wide."""
-    error = squared_error(pixels, t)
-    if min(pixels.shape[2:]) < _SMALLEST:
-        return error
-    with torch.no_grad():
-        features, scales = perceptual.features(pixels), structure.scales(pixels)
-    bits = lagrangian(t) ** _GROWTH * pixels[0, 0].numel()
-
-    def distortion(shown: Tensor) -> Tensor:
-        unlike = _FEATURES * perceptual.distance(features, perceptual.features(shown))
-        unlike = unlike + _STRUCTURE * structure.distance(scales, structure.scales(shown))
-        return _ERROR * error(shown) + bits * unlike
-
-    return distortion
-
-
-TASTES: dict[Tune, Callable[[Tensor, Tensor], Distortion]] = {"psnr": squared_error, "visual": looks}
-"""From a tile's pixels [1, 3, h, w] and quality [1] to what is wrong with it as drawn."""
 
 
 def differentiable(network: Hyperprior) -> Hyperprior:
@@ -149,10 +114,10 @@ def refine(
 
     Args:
         network: of `differentiable`.
-        tune: what the network draws for, and the latent is to be good for.
+        tune: what the network was trained for, and the latent is to be good for.
         progress: called with the fraction that is done.
     """
-    start, distortion = y, TASTES[tune](scene.pixels, scene.t)
+    start, distortion = y, DISTORTIONS[tune](scene.pixels, scene.t)
     with torch.no_grad():
         before = scene.objective(network, start, distortion)
     with torch.enable_grad():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calotype.models.vqgan import Vqgan
 
 Tune = Literal["psnr", "visual"]
-"""What pictures are drawn for: least error, or how they look. Both come from the same latents."""
+"""What models are trained for, and pictures drawn for: least error, or how they look."""
 TUNES: tuple[Tune, ...] = get_args(Tune)
 WEIGHTS = Path(__file__).parent / "weights"
 CARDS = Path(__file__).parent / "cards"
@@ -52,7 +52,8 @@ class ModelSpec:
     Attributes:
         id: number in file headers.
         architecture: the network that the weights fill.
-        visual: a second synthesis, for how pictures look, if there is one.
+        tune: what it was trained for.
+        visual: a second synthesis for the same latents, for how pictures look, if there is one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelSpec:
     weights: Path
     sha256: str
     card: Path
+    tune: Tune
     visual: Synthesis | None
 
 
@@ -152,6 +154,7 @@ def _index() -> dict[str, ModelSpec]:
     return {
         name: ModelSpec(
             name, e["id"], e["architecture"], e["summary"], WEIGHTS / e["file"], e["sha256"], CARDS / f"{name}.md",
+            e.get("tune", "psnr"),
             Synthesis(WEIGHTS / e["visual"]["file"], e["visual"]["sha256"]) if "visual" in e else None,
         )
         for name, e in entries.items()
@@ -180,10 +183,11 @@ def verify_weights(name: str) -> None:
 
 
 @functools.cache
-def load(name: str, device: str = "cpu", tune: Tune = "psnr") -> nn.Module:
+def load(name: str, device: str = "cpu", tune: Tune | None = None) -> nn.Module:
     """The network of a shipped model, of the class that its architecture names, ready to code on `device`.
 
-    Raises WeightsError, also for a tune that the model does not have.
+    It draws what it was trained for, or with its second synthesis for another `tune`. Raises WeightsError, also if it
+    has none.
     """
     import torch
 
@@ -193,7 +197,7 @@ def load(name: str, device: str = "cpu", tune: Tune = "psnr") -> nn.Module:
         return _build(spec, data, device, tune)
 
 
-def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune) -> nn.Module:
+def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune | None) -> nn.Module:
     import torch
     from safetensors.torch import load as load_tensors
 
@@ -203,7 +207,7 @@ def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune) -> nn.Module:
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     network = integerise(architecture(spec.architecture, json.loads(metadata["config"])))
     tensors = load_tensors(data)
-    if tune == "visual":
+    if tune not in (None, spec.tune):
         if spec.visual is None:
             raise WeightsError(f"the model {spec.name} draws pictures in one way only: leave out the tune")
         tensors |= load_tensors(_read_verified(spec.name, spec.visual.weights, spec.visual.sha256))

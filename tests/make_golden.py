@@ -31,6 +31,8 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 MIXTURE = TESTS / "golden_mixture"
 MIXTURE_CASES = ("portrait-q10", "portrait-q60", "coffee-q85", "alpha-q30", "tiles-q25", "pattern-q100", "pixel-q50")
+VISUAL = TESTS / "golden_visual"
+VISUAL_CASES = ("portrait-q10", "coffee-q85")
 VQGAN = TESTS / "golden_vqgan"
 VQGAN_PACKETS = {"portrait-q10": 1, "portrait-q60": 5, "coffee-q85": 1, "alpha-q30": 2, "tiles-q25": 4, "pixel-q50": 3}
 VIDEO = TESTS / "golden_video"
@@ -74,6 +76,7 @@ def cases() -> dict[str, tuple[Picture, float, int]]:
 def main() -> None:
     """Replace the files of all folders."""
     make_stills("hyperprior", GOLDEN, cases())
+    make_stills("visual", VISUAL, {name: cases()[name] for name in VISUAL_CASES})
     make_stills("mixture", MIXTURE, {name: case for name, case in cases().items() if name in MIXTURE_CASES})
     make_stills("vqgan", VQGAN, {name: cases()[name] for name in VQGAN_PACKETS}, VQGAN_PACKETS)
     make_video()

@@ -39,7 +39,7 @@ from calotype.stopwatch import Stopwatch
 from calotype.windows import Box
 
 QUALITIES = (5, 45, 90)
-PLANTS = {"hyperprior": ("up_out", 160), "mixture": ("middle_enter", 128)}
+PLANTS = {"hyperprior": ("up_out", 160), "visual": ("up_out", 160), "mixture": ("middle_enter", 128)}
 """Models, and the layer of the entropy path of each, with its width, after which a test plants a float operation."""
 X86 = platform.machine() in ("x86_64", "AMD64")
 

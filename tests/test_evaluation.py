@@ -196,9 +196,23 @@ def test_specs() -> None:
     for wrong in ("gif", "jpeg:q10-90:8:9", "jpeg:q", "jp2:6", "jpeg:420:fine"):
         with pytest.raises(InputError):
             codecs.parse_spec(wrong)
-    for wrong in ("webp:9", "vvc:best", "jpeg:422", "x264:medium"):
+    for wrong in ("webp:9", "vvc:best", "jpeg:422", "avif444:4+vmaf", "x264:medium"):
         with pytest.raises(InputError):
             codecs.parse_spec(wrong).open()
+
+
+def test_avif_is_tuned_for_what_is_asked(tmp_path: Path) -> None:
+    pixels = photograph(65, 97)
+    made = {}
+    for name in ("avif444:8", "avif444:8+psnr", "avif444:8+ssimulacra2"):
+        codecs.parse_spec(f"{name}:q50").open().encode(pixels, 50, tmp_path / "a.avif")
+        made[name] = (tmp_path / "a.avif").read_bytes()
+    assert len(set(made.values())) == 3
+    out, advanced = io.BytesIO(), {"tune": "psnr"}
+    Image.fromarray(pixels).save(
+        out, "AVIF", quality=50, subsampling="4:4:4", speed=8, max_threads=1, advanced=advanced
+    )
+    assert made["avif444:8+psnr"] == out.getvalue()
 
 
 STILLS = [family.name for family in codecs.FAMILIES.values() if family.medium == "still" and family.name != "calotype"]

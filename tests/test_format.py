@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_golden
 import numpy as np
 import pytest
 import reference_decoder
@@ -182,6 +183,17 @@ def test_golden_file(codec: Codec, name: str) -> None:
 def test_golden_file_under_the_reference_decoder(reference: reference_decoder.Decoder, name: str) -> None:
     file = reference_decoder.parse((GOLDEN / name).read_bytes())
     assert reference.latent(file)[1] == EXPECTED[name]["symbols"]
+
+
+@pytest.mark.parametrize("name", make_golden.VISUAL_CASES)
+def test_golden_file_of_other_weights(codec: Codec, name: str) -> None:
+    """The model visual is of the same architecture; its files name their weights, whoever decodes them."""
+    data = (make_golden.VISUAL / f"{name}.clt").read_bytes()
+    expected = json.loads((make_golden.VISUAL / make_golden.INDEX).read_text(encoding="utf-8"))[f"{name}.clt"]
+    assert codec.symbol_hash(data) == expected["symbols"]
+    stored = read_picture(make_golden.VISUAL / expected["pixels_png"])
+    assert difference(codec.decode(data).picture.pixels, stored.pixels) <= 1
+    check(reference_decoder.Decoder(Codec.load("visual").spec.weights), codec, data)
 
 
 def test_golden_files_cover_the_format() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from calotype import container
-from calotype.api import Codec, decode, encode, psnr
+from calotype.api import MODELS, Codec, decode, encode, psnr
 from calotype.errors import FormatError, InputError, ModelNotFoundError
 from calotype.media import Picture
 from calotype.models import perceptual
@@ -365,8 +365,10 @@ def test_unknown_tunes_are_refused(model: str, tune: Any) -> None:
 
 
 @pytest.mark.skipif(not bfloat16_is_fast(torch.device("cpu")), reason="this processor has no bfloat16 products")
+@pytest.mark.parametrize("model", MODELS.values())
 @pytest.mark.parametrize("quality", [0, 10, 50, 100])
-def test_bfloat16_moves_no_pixel_by_more_than_one(codec: Codec, photo: Picture, quality: float) -> None:
+def test_bfloat16_moves_no_pixel_by_more_than_one(model: str, photo: Picture, quality: float) -> None:
+    codec = Codec.load(model, device="cpu")
     assert isinstance(codec.coder, PictureCoder)
     plain = Codec(PictureCoder(codec.coder.network, codec.coder.device), codec.spec)
     assert isinstance(plain.coder, PictureCoder)

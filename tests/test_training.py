@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from calotype import container
 from calotype.api import Codec
 from calotype.media import Picture
 from calotype.models import tables, zoo
-from calotype.models.exact import LIMIT, IntConv, QuantConv
+from calotype.models.distortion import Distortion, looks, squared_error
+from calotype.models.exact import LIMIT, IntConv, QuantConv, integerise
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import HYPER_UNIT, HyperAnalysis, Request
 from calotype.models.quantizers import base_step, lagrangian
-from calotype.models.training import clips
+from calotype.models.training import clips, photos
 from calotype.models.training import trainer as training
 from calotype.models.training.clips import find_clips, load_clips
 from calotype.models.training.counting import SymbolCounts
@@ -39,6 +40,7 @@ from calotype.models.training.recipe import Recipe, load_recipe
 from calotype.models.training.tasks import loss_per_sample
 from calotype.models.training.trainer import CHECKPOINT, Trainer
 from calotype.models.training.video import ClipTask
+from calotype.models.transforms import Rates
 from calotype.models.video import Video
 from calotype.picture import PictureCoder
 
@@ -210,6 +212,25 @@ def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp
         Trainer(recipe(photos_folder, tmp_path / "b", "stage=visual"), CPU, resume=False)
 
 
+@pytest.mark.parametrize(("model", "distortion"), [("hyperprior", squared_error), ("visual", looks)])
+def test_a_model_is_trained_for_its_tune(
+    photos_folder: Path, tmp_path: Path, model: str, distortion: Callable[..., Distortion]
+) -> None:
+    made = recipe(photos_folder, tmp_path, f"model={model}", "bf16=false", "rate_weighting=0.5")
+    task = Trainer(made, CPU, resume=False).task
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(x: torch.Tensor, t: torch.Tensor) -> Rates:
+        seen.append((x, t))
+        return Rates(0.9 * x, 100 + 50 * t, 10 * t)
+
+    losses = task.losses(forward)
+    (x, t), side = seen[0], seen[0][0].shape[2]
+    bits = 100 + 60 * t + distortion(x, t)(0.9 * x)
+    torch.testing.assert_close(losses.loss, (bits / side**2 / (4 * lagrangian(t) ** 0.5)).mean())
+    torch.testing.assert_close(losses.bpp, (100 + 60 * t).mean() / side**2)
+
+
 def test_start_from_takes_over_parameters(finished: tuple[Trainer, Path], photos_folder: Path, tmp_path: Path) -> None:
     trainer, output = finished
     started = Trainer(recipe(photos_folder, tmp_path, f"start_from={output / CHECKPOINT}"), CPU, resume=False)
@@ -355,6 +376,22 @@ def test_symbols_are_counted_by_table() -> None:
     counts = SymbolCounts([1, 2], first=4)
     assert counts.of(coding()) == "done"
     assert [row.tolist() for row in counts.rows] == [[1, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
+
+
+def test_tables_are_fitted_to_photographs(codec: Codec, photos_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photographs of that kind then take fewer bytes."""
+    monkeypatch.setattr(photos, "FITTED_CROPS", 24)
+    monkeypatch.setattr(photos, "FITTED_SIDE", 128)
+    network, picture = Hyperprior().eval(), Picture(synthesise(140, 160, seed=1))
+    zoo.load_parameters(network, codec.spec.weights)
+
+    def size() -> int:
+        fitted = Codec(PictureCoder(integerise(network), CPU), codec.spec)
+        return sum(len(fitted.encode(picture, quality=quality).data) for quality in (10, 35, 60, 85))
+
+    before = size()
+    photos.fit_tables(network, photos_folder)
+    assert size() < 0.99 * before
 
 
 def test_clips_that_are_too_short_or_small_are_refused(clips_folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class PictureEncoder:
         if device == "cpu":
             torch.set_num_threads(1)
         self.job = job
-        self.codec = Codec.load(job.model, device=device, tune=job.tune)
+        self.codec = Codec.load(job.model, device=device)
         if self.codec.spec.sha256 != weights:
             raise ModelNotFoundError(f"a worker has other weights of {job.model}: install one Calotype everywhere")
 

@@ -105,14 +105,21 @@ def open_webp(variant: str, device: str, threads: int) -> StillCodec:
     return PillowCodec("WEBP", ".webp", _pillow("webp"), lambda q: {"quality": round(q), "method": method})
 
 
+AVIF_TUNES = ("", "psnr", "ssim", "iq", "ssimulacra2")
+"""Of libaom; without one libavif chooses, from version 1.4 on iq."""
+
+
 def avif_opener(subsampling: str) -> Callable[[str, str, int], StillCodec]:
     def open_avif(variant: str, device: str, threads: int) -> StillCodec:
-        speed = _whole(variant, 0, 10, "the speed of avif")
+        number, _, tune = variant.partition("+")
+        speed = _whole(number, 0, 10, "the speed of avif")
+        if tune not in AVIF_TUNES:
+            raise InputError(f"avif has the tunes {', '.join(AVIF_TUNES[1:])}, not {tune!r}")
         # The encoder's bytes depend on its thread count, whose default is the machine's number of processors.
-        return PillowCodec(
-            "AVIF", ".avif", _pillow("avif"),
-            lambda q: {"quality": round(q), "subsampling": subsampling, "speed": speed, "max_threads": threads},
-        )  # fmt: skip
+        options: dict[str, Any] = {"subsampling": subsampling, "speed": speed, "max_threads": threads}
+        if tune:
+            options["advanced"] = {"tune": tune}
+        return PillowCodec("AVIF", ".avif", _pillow("avif"), lambda q: {"quality": round(q), **options})
 
     return open_avif
 
@@ -218,13 +225,13 @@ class CalotypeCodec(StillCodec):
             raise InputError(f"effort must be one of {', '.join(map(str, EFFORTS))}, got {effort!r}")
         self.effort = int(effort or DEFAULT_EFFORT)
         self.model, self.where = model, f"{device}, {threads} thread{'s' if threads > 1 else ''}"
-        self.codec = Codec.load(model, device=device, tune=tune or "psnr")  # type: ignore[arg-type]
-        spec = self.codec.spec
+        self.codec = Codec.load(model, device=device, tune=tune or None)  # type: ignore[arg-type]
+        spec, self.tune = self.codec.spec, tune or self.codec.spec.tune
         self.weights = spec.visual.sha256 if tune == "visual" and spec.visual else spec.sha256
 
     def describe(self, setting: float) -> str:
         version = importlib.metadata.version("calotype")
-        options = f"quality={setting:g}, effort={self.effort}, tune={self.codec.tune}"
+        options = f"quality={setting:g}, effort={self.effort}, tune={self.tune}"
         return f"calotype {version}: model {self.model}, {options}, weights sha256 {self.weights}, {self.where}"
 
     def encode(self, pixels: Pixels, setting: float, path: Path) -> Seconds:

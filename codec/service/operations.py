@@ -67,7 +67,7 @@ class Query(BaseModel):
 class EncodeQuery(Query):
     """At most one of quality, target_size, target_bpp and target_psnr."""
 
-    model: str = Field(api.DEFAULT_MODEL, description="A name from /models.")
+    model: str | None = Field(None, description="A name from /models; hyperprior unless tune says otherwise.")
     quality: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="0 (smallest) to 100 (best); 60 without any target."
     )
@@ -76,7 +76,7 @@ class EncodeQuery(Query):
     target_psnr: Positive | None = Field(None, description="PSNR to reach, in dB.")
     tile: Literal["256", "512", "1024", "2048", "4096"] = Field("1024", description="Side of a tile in pixels.")
     effort: Literal["5", "7", "9"] = Field("5", description="7 and 9: much more time for smaller files.")
-    tune: zoo.Tune = Field("psnr", description="With effort 7 or 9: refine for least error, or for how it looks.")
+    tune: zoo.Tune | None = Field(None, description="psnr: the model hyperprior. visual: the model visual.")
     packets: int = Field(
         1, ge=1, le=container.MAX_PACKETS, description="Parts of a tile that can be lost; models of tokens."
     )
@@ -108,7 +108,7 @@ class DecodeQuery(Query):
         None, pattern=r"^[0-9]{1,7}(,[0-9]{1,7}){3}$", description="x,y,width,height in pixels of the full picture."
     )
     scale: Literal["1", "2", "4", "8"] = Field("1", description="Decode at 1/scale of the size.")
-    tune: zoo.Tune = Field("psnr", description="Draw the picture of least error, or one that looks sharper.")
+    tune: zoo.Tune | None = Field(None, description="How to draw files of hyperprior; visual is a little sharper.")
     allow_partial: Flag = Field(False, description="Fill in damaged tiles instead of failing.")
     simulate_loss: float = Field(
         0, ge=0, le=1, allow_inf_nan=False, description="Share of the packets that is dropped and restored."
@@ -184,7 +184,7 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def codec(self, model: str = api.DEFAULT_MODEL, tune: zoo.Tune = "psnr") -> Codec:
+    def codec(self, model: str = api.DEFAULT_MODEL, tune: zoo.Tune | None = None) -> Codec:
         """A model, loaded when it is first asked for. Raises ModelNotFoundError."""
         return Codec.load(model, device=self._settings.device, tune=tune)
 
@@ -196,7 +196,7 @@ class Engine:
 
     def encode(self, query: EncodeQuery, body: bytes, check: Check) -> Reply:
         """A picture to a `.clt` file."""
-        codec = self.codec(query.model, query.tune)
+        codec = self.codec(api.model_for(query.model, query.tune))
         picture, reading = self._read(body)
         check()
         encoded = codec.encode(
@@ -268,14 +268,14 @@ class Engine:
             for planes, (query, body) in zip(pixels, items, strict=True)
         ]
 
-    def _batching(self, model: str, tune: zoo.Tune) -> Codec:
+    def _batching(self, model: str, tune: zoo.Tune | None) -> Codec:
         """A model that takes as many pictures together as it is given."""
         from calotype.picture import PictureCoder
 
         codec = self.codec(model, tune)
         if not isinstance(codec.coder, PictureCoder):
             return codec
-        coder = PictureCoder(codec.coder.network, codec.coder.device, tune=tune, batch=BATCH_PIXELS)
+        coder = PictureCoder(codec.coder.network, codec.coder.device, tune=codec.spec.tune, batch=BATCH_PIXELS)
         return Codec(coder, codec.spec, tune)
 
     def compare(self, query: CompareQuery, body: bytes, check: Check) -> Reply:

@@ -12,6 +12,7 @@ from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
 from calotype.models.training import codebooks
+from calotype.models.training.photos import fit_tables
 from calotype.models.training.recipe import IMAGE_MODEL
 from calotype.models.training.video import fit_prior, key_frame_model
 from calotype.models.video import Video
@@ -24,14 +25,15 @@ def export_weights(
     folder: Path = zoo.WEIGHTS,
     photos: Path | None = None,
     clips: Path | None = None,
-    tune: zoo.Tune = "psnr",
+    tune: zoo.Tune | None = None,
 ) -> Path:
     """Write the averaged weights of `checkpoint` as NAME.safetensors into `folder` and update its index.
 
     The model must be listed in the folder's index already (its id never changes).
 
     Args:
-        photos: a folder of photographs on which a model with codebooks fits them.
+        photos: a folder of photographs on which a model with codebooks fits them, and others the tables of their
+            latents; those are of Gaussians without.
         clips: a folder of clips on which a video model fits the tables of its latents; Gaussians without.
         tune: `visual` for the synthesis alone, NAME-visual.safetensors, of a model that is in the folder.
     Returns:
@@ -59,6 +61,8 @@ def export_weights(
         if photos is None:
             raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs (--photos)")
         codebooks.fit(network, photos)
+    if isinstance(network, Hyperprior) and photos is not None:
+        fit_tables(network.eval(), photos)
     if isinstance(network, Video) and clips is not None:
         fit_prior(network.eval(), key_frame_model(IMAGE_MODEL), clips)
     path = folder / index[name]["file"]

@@ -1,18 +1,27 @@
-"""Training of the image model: random crops of photographs at random qualities."""
+"""Training of the image models: random crops of photographs at random qualities."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from calotype.models import tables
+from calotype.models.distortion import DISTORTIONS
+from calotype.models.exact import integerise
+from calotype.models.hyperprior import Hyperprior
+from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
 from calotype.models.training.recipe import Recipe
-from calotype.models.training.tasks import Forward, Losses, Task, Validation, loss_per_sample
-from calotype.models.zoo import architecture, load_parameters
+from calotype.models.training.tasks import Forward, Losses, Task, Validation, evened
+from calotype.models.zoo import architecture, describe, load_parameters
 
+FITTED_CROPS, FITTED_SIDE = 800, 448
+"""To count symbols on: how many crops, of so many pixels each way."""
 VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 
 
@@ -50,12 +59,31 @@ def validate(
     return Validation(tuple(points), sum(losses) / len(losses))
 
 
+@torch.no_grad()
+def fit_tables(model: Hyperprior, folder: Path) -> None:
+    """Put what is coded of crops of the photographs below `folder` in place of the Gaussians of `model.prior`.
+
+    The crops' qualities fill their range evenly.
+    """
+    network = integerise(model)
+    counts = SymbolCounts(model.tables.half_widths, 0)
+    crops = RandomCrops(folder, batch=1, crop=FITTED_SIDE, seed=0)
+    for number in range(FITTED_CROPS):
+        x = next(crops).contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
+        quality = torch.tensor([QUALITY_STEPS * (2 * number + 1) // (2 * FITTED_CROPS)])
+        y = network.analyse(x, quality.float() / QUALITY_STEPS)
+        counts.of(network.code((1, *y.shape[2:]), quality, y))
+    model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))
+
+
 class PhotoTask(Task):
-    """Photographs for `hyperprior`. See `tasks.Task`."""
+    """Photographs for `hyperprior` and its like, for least error or for how pictures look. See `tasks.Task`."""
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
         self.recipe, self.device = recipe, device
-        self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        spec = describe(recipe.model)
+        self.distortion = DISTORTIONS[spec.tune]
+        self.model: nn.Module = architecture(spec.architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.start_from is not None:
             load_parameters(self.model, recipe.start_from)
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
@@ -67,14 +95,16 @@ class PhotoTask(Task):
         t = spread_qualities(r.batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t)
+            worse = self.distortion(x, t)(out.x_hat) / r.crop**2
         bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
-        mse = (out.x_hat - x).square().mean((1, 2, 3))
-        return Losses(loss_per_sample(bpp, mse, t, r.rate_weighting).mean(), bpp.mean(), mse.mean())
+        mse = (out.x_hat.detach() - x).square().mean()
+        return Losses(evened(bpp + worse, t, r.rate_weighting).mean(), bpp.mean(), mse)
 
     def validate(self) -> Validation:
         """Estimated rate and 8-bit PSNR of the validation photographs."""
 
         def score(x: Tensor, drawn: Tensor, bpp: Tensor, t: Tensor) -> Tensor:
-            return loss_per_sample(bpp, (drawn - x).square().mean((1, 2, 3)), t, self.recipe.rate_weighting)
+            worse = self.distortion(x, t)(drawn) / (x.shape[2] * x.shape[3])
+            return evened(bpp + worse, t, self.recipe.rate_weighting)
 
         return validate(self.model, self.photos, self.device, score)

@@ -19,7 +19,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    """Architecture, as registered in the zoo."""
+    """Name of a model in the registry, which says its architecture and what it is trained for."""
     train: Path
     """Folder of photographs, or clips, to train on."""
     validation: Path

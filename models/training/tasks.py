@@ -59,9 +59,13 @@ class Task(abc.ABC):
 
 
 def loss_per_sample(bpp: Tensor, mse: Tensor, t: Tensor, weighting: float) -> Tensor:
-    """bpp + λ 255² MSE, divided by 4 λ^weighting so that all rates count about alike; all [B]."""
-    lam = lagrangian(t)
-    return (bpp + lam * 255**2 * mse) / (4 * lam**weighting)
+    """bpp + λ 255² MSE, `evened`; all [B]."""
+    return evened(bpp + lagrangian(t) * 255**2 * mse, t, weighting)
+
+
+def evened(cost: Tensor, t: Tensor, weighting: float) -> Tensor:
+    """Bits per pixel, of rate and of distortion, divided by 4 λ^weighting so that all rates count about alike; [B]."""
+    return cost / (4 * lagrangian(t) ** weighting)
 
 
 def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Task:
