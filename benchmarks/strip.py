@@ -4,6 +4,8 @@ in README and docs.
 python benchmarks/strip.py docs/images/strip.png samples/coffee.png:180,80,240,240 --bpp 0.25
 python benchmarks/strip.py docs/images/low.jpg samples/chelsea.png:120,40,220,220 samples/astronaut.png:130,0,220,220 \
     samples/coffee.png:180,80,220,220 --columns q5,q10,q20
+python benchmarks/strip.py docs/images/visual.jpg samples/chelsea.png:120,40,220,220 \
+    samples/astronaut.png:130,0,220,220 samples/coffee.png:180,80,220,220 --columns avif,calotype,visual --bpp 0.2
 
 Columns: jpeg, webp and avif at the size of the last column of Calotype; calotype; visual, the model of that name;
 qN, Calotype at quality N.
@@ -33,17 +35,20 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def other(name: str, picture: Picture, size: int) -> tuple[int, Picture]:
-    """The largest file of at most `size` bytes (or the smallest there is) over qualities 1 to 95."""
+    """The file of the highest quality that has at most `size` bytes; sizes are taken to grow with quality."""
     kind, options = OTHERS[name]
-    best: tuple[int, Picture] | None = None
-    for quality in range(95, 0, -1):
+
+    def encoded(quality: int) -> bytes:
         out = io.BytesIO()
         to_pillow(picture).save(out, kind, quality=quality, **options)
-        best = len(out.getvalue()), read_picture(out.getvalue())
-        if best[0] <= size:
-            break
-    assert best is not None
-    return best
+        return out.getvalue()
+
+    low, high = 1, 95
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(encoded(middle)) <= size else (low, middle - 1)
+    data = encoded(low)
+    return len(data), read_picture(data)
 
 
 def own(name: str, picture: Picture, bpp: float) -> tuple[int, Picture]:
