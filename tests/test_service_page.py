@@ -135,7 +135,7 @@ def test_a_picture_is_encoded_and_compared(
 ) -> None:
     sitting = visit()
     page = sitting.page
-    expect(page.locator("#model option")).to_have_count(3)
+    expect(page.locator("#model option")).to_have_count(4)
     assert page.input_value("#model") == "hyperprior"
     assert not page.locator("#split").is_visible()
     sitting.open(files / "cat.png")
@@ -365,7 +365,7 @@ def test_what_is_no_picture_is_refused_in_words(visit: Callable[..., Sitting], f
 def test_a_service_that_has_gone_is_noticed(visit: Callable[..., Sitting], files: Path) -> None:
     with serving() as address:
         sitting = visit(address=address)
-        expect(sitting.page.locator("#model option")).to_have_count(3)
+        expect(sitting.page.locator("#model option")).to_have_count(4)
     sitting.open(files / "cat.png")
     sitting.wait_for_error("The service cannot be reached: is it still running?")
     assert len(sitting.complaints) == 1
@@ -395,7 +395,7 @@ def test_the_token_is_asked_for(visit: Callable[..., Sitting], files: Path) -> N
             expect(page.locator("#token-dialog")).to_be_visible()
             page.fill("#token", words)
             page.keyboard.press("Enter")
-        expect(page.locator("#model option")).to_have_count(3)
+        expect(page.locator("#model option")).to_have_count(4)
         expect(page.locator("#token-dialog")).not_to_be_visible()
         sitting.open(files / "cat.png")
         sitting.wait("Encoded to")
