@@ -14,45 +14,30 @@ qN, Calotype at quality N.
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from calotype.api import MODELS, Codec, psnr
+from calotype.api import DEFAULT_MODEL, Codec, psnr
 from calotype.media import Picture, read_picture, to_pillow
 from calotype.rate import Target
+from calotype.service.anchors import Format, largest_within
 
 CAPTION = 22
 GAP = 4
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jpeg": ("JPEG", {"optimize": True}),
-    "webp": ("WEBP", {"method": 6}),
-    "avif": ("AVIF", {"speed": 4, "subsampling": "4:4:4"}),
-}
+OTHERS: dict[str, tuple[Format, str | None]] = {"jpeg": ("jpeg", None), "webp": ("webp", None), "avif": ("avif", "4")}
+"""Format and variant of the evaluation's codec."""
 
 
 def other(name: str, picture: Picture, size: int) -> tuple[int, Picture]:
-    """The file of the highest quality that has at most `size` bytes; sizes are taken to grow with quality."""
-    kind, options = OTHERS[name]
-
-    def encoded(quality: int) -> bytes:
-        out = io.BytesIO()
-        to_pillow(picture).save(out, kind, quality=quality, **options)
-        return out.getvalue()
-
-    low, high = 1, 95
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(encoded(middle)) <= size else (low, middle - 1)
-    data = encoded(low)
-    return len(data), read_picture(data)
+    format, variant = OTHERS[name]
+    written = largest_within(picture, format, size, (), lambda: None, variant)
+    return len(written.data), read_picture(written.data)
 
 
 def own(name: str, picture: Picture, bpp: float) -> tuple[int, Picture]:
-    codec = Codec.load(MODELS["visual" if name == "visual" else "psnr"])
+    codec = Codec.load("visual" if name == "visual" else DEFAULT_MODEL)
     if name.startswith("q"):
         data = codec.encode(picture, quality=float(name[1:]), metadata=()).data
     else:

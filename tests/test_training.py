@@ -208,6 +208,10 @@ def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp
         export_weights(tmp_path / CHECKPOINT, "hyperprior", tmp_path / "weights", tune="visual")
     with pytest.raises(ValueError, match="one way"):
         export_weights(tmp_path / CHECKPOINT, "video", tmp_path / "weights", tune="visual")
+    with pytest.raises(ValueError, match="one way"):
+        export_weights(tmp_path / CHECKPOINT, "visual", tmp_path / "weights", tune="psnr")
+    whole = export_weights(tmp_path / CHECKPOINT, "visual", tmp_path / "weights", tune="visual")
+    assert whole.name == "visual.safetensors"
     with pytest.raises(ValueError, match="start_from"):
         Trainer(recipe(photos_folder, tmp_path / "b", "stage=visual"), CPU, resume=False)
 
@@ -390,7 +394,7 @@ def test_tables_are_fitted_to_photographs(codec: Codec, photos_folder: Path, mon
         return sum(len(fitted.encode(picture, quality=quality).data) for quality in (10, 35, 60, 85))
 
     before = size()
-    photos.fit_tables(network, photos_folder)
+    photos.fit_image_prior(network, photos_folder)
     assert size() < 0.99 * before
 
 

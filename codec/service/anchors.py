@@ -33,18 +33,24 @@ class Written:
 
 
 def largest_within(
-    picture: Picture, format: Format, size: int, metadata: Collection[str], check: Callable[[], None]
+    picture: Picture,
+    format: Format,
+    size: int,
+    metadata: Collection[str],
+    check: Callable[[], None],
+    variant: str | None = None,
 ) -> Written:
     """Encode at the highest quality, 1 to 100, whose file has at most `size` bytes; alpha is left out.
 
     Args:
         metadata: which of "icc", "exif" and "xmp" go into the file.
         check: called before each trial; may raise to end the search.
+        variant: of the evaluation's codec, if not the usual one.
     Raises:
         TargetError: even the lowest quality is larger.
     """
-    family, variant = _ANCHORS[format]
-    codec = FAMILIES[family].open(variant, "cpu", 1)
+    family, usual = _ANCHORS[format]
+    codec = FAMILIES[family].open(variant or usual, "cpu", 1)
     assert isinstance(codec, PillowCodec)
     pixels = picture.pixels
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

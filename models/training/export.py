@@ -12,7 +12,7 @@ from calotype.models import zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
 from calotype.models.training import codebooks
-from calotype.models.training.photos import fit_tables
+from calotype.models.training.photos import fit_image_prior
 from calotype.models.training.recipe import IMAGE_MODEL
 from calotype.models.training.video import fit_prior, key_frame_model
 from calotype.models.video import Video
@@ -35,7 +35,8 @@ def export_weights(
         photos: a folder of photographs on which a model with codebooks fits them, and others the tables of their
             latents; those are of Gaussians without.
         clips: a folder of clips on which a video model fits the tables of its latents; Gaussians without.
-        tune: `visual` for the synthesis alone, NAME-visual.safetensors, of a model that is in the folder.
+        tune: `visual` for the synthesis alone, NAME-visual.safetensors, of a model that is in the folder; what a model
+            is trained for means all of it.
     Returns:
         The weights' path.
     Raises:
@@ -47,8 +48,9 @@ def export_weights(
     network = zoo.architecture(index[name]["architecture"])
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
-    if tune == "visual":
-        if not isinstance(network, Hyperprior):
+    trained_for = index[name].get("tune", "psnr")
+    if tune not in (None, trained_for):
+        if not isinstance(network, Hyperprior) or trained_for != "psnr":
             raise ValueError(f"the model {name} draws pictures in one way only: leave out the tune")
         own, there = zoo.shipped(network), load_file(folder / index[name]["file"])
         if any(not torch.equal(value, there[key]) for key, value in own.items() if key.startswith("enc_")):
@@ -62,7 +64,7 @@ def export_weights(
             raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs (--photos)")
         codebooks.fit(network, photos)
     if isinstance(network, Hyperprior) and photos is not None:
-        fit_tables(network.eval(), photos)
+        fit_image_prior(network.eval(), photos)
     if isinstance(network, Video) and clips is not None:
         fit_prior(network.eval(), key_frame_model(IMAGE_MODEL), clips)
     path = folder / index[name]["file"]

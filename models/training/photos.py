@@ -60,7 +60,7 @@ def validate(
 
 
 @torch.no_grad()
-def fit_tables(model: Hyperprior, folder: Path) -> None:
+def fit_image_prior(model: Hyperprior, folder: Path) -> None:
     """Put what is coded of crops of the photographs below `folder` in place of the Gaussians of `model.prior`.
 
     The crops' qualities fill their range evenly.

@@ -14,7 +14,7 @@ from calotype.models.training.data import RandomCrops, random_part
 from calotype.models.training.photos import spread_qualities, validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
-from calotype.models.zoo import SYNTHESIS, architecture, load_parameters
+from calotype.models.zoo import SYNTHESIS, architecture, describe, load_parameters
 
 
 class VisualTask(Task):
@@ -27,7 +27,8 @@ class VisualTask(Task):
         if recipe.start_from is None:
             raise ValueError("a second synthesis needs finished weights: set start_from")
         self.recipe, self.device, self.step = recipe, device, step
-        self.model: nn.Module = architecture(recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        spec = describe(recipe.model)
+        self.model: nn.Module = architecture(spec.architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         load_parameters(self.model, recipe.start_from)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(SYNTHESIS))
