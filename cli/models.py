@@ -35,6 +35,8 @@ def _record(spec: ModelSpec) -> dict[str, Any]:
         "sha256": spec.sha256,
         "card": str(spec.card),
         "tunes": list(TUNES) if spec.visual else [spec.tune],
+        "key_frames": spec.key_frames,
+        "superseded_by": spec.superseded_by,
     }
 
 
@@ -42,16 +44,17 @@ def _record(spec: ModelSpec) -> dict[str, Any]:
 @json_option
 @common_options
 def list_models(*, as_json: bool) -> None:
-    """List the installed models."""
+    """List the installed models, last those that are there for older files."""
     from calotype import api
 
-    records = [_record(spec) for spec in api.models()]
+    records = [_record(spec) for spec in api.models() + api.models(superseded=True)]
     if as_json:
         print_json(_SCHEMA, {"models": records})
         return
     width = max((len(record["name"]) for record in records), default=0)
     for record in records:
-        click.echo(f"{record['name']:{width}}  {record['summary']}")
+        later = record["superseded_by"]
+        click.echo(f"{record['name']:{width}}  {f'For older files: see {later}' if later else record['summary']}")
 
 
 @models.command()
@@ -67,7 +70,9 @@ def show(*, name: str, as_json: bool) -> None:
         print_json(_SCHEMA, {"models": [record]})
         return
     for key, value in record.items():
-        click.echo(f"{key:12}  {', '.join(value) if isinstance(value, list) else value}")
+        if value is None:
+            continue
+        click.echo(f"{key:13}  {', '.join(value) if isinstance(value, list) else value}")
     card = Path(record["card"])
     if card.is_file():
         click.echo("\n" + card.read_text(encoding="utf-8").rstrip())
@@ -83,7 +88,7 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     from calotype import api
 
     settings = ctx.ensure_object(Settings)
-    wanted = [name] if name is not None else [spec.name for spec in api.models()]
+    wanted = [name] if name is not None else [s.name for s in api.models() + api.models(superseded=True)]
     records: list[dict[str, Any]] = []
     codes: list[int] = []
     for model in wanted:
@@ -121,6 +126,11 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Clips to which the tables of video are fitted.",
 )
+@click.option(
+    "--keep",
+    metavar="NAME",
+    help="Keep the present weights under this name for the files, and key frames of videos, that they code.",
+)
 @tune_option("With visual, only a second synthesis of hyperprior.")
 @json_option
 @common_options
@@ -131,6 +141,7 @@ def export(
     folder: Path | None,
     photos: Path | None,
     clips: Path | None,
+    keep: str | None,
     tune: Tune | None,
     as_json: bool,
 ) -> None:
@@ -144,7 +155,7 @@ def export(
 
     folder = folder or WEIGHTS
     try:
-        written = export_weights(checkpoint, name, folder, photos, clips, tune)
+        written = export_weights(checkpoint, name, folder, photos, clips, tune, keep)
     except LookupError as error:
         raise ModelNotFoundError(f"{name} is not a model of the index in {folder}: add it there first") from error
     except (ValueError, FileNotFoundError) as error:

@@ -81,9 +81,9 @@ def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
     return float("inf") if squares == 0 else 10 * float(np.log10(255**2 * a.size / squares))
 
 
-def models() -> list[zoo.ModelSpec]:
-    """The shipped models."""
-    return [zoo.describe(name) for name in zoo.names()]
+def models(*, superseded: bool = False) -> list[zoo.ModelSpec]:
+    """The models that new files are written with, or those that are there for older files."""
+    return [zoo.describe(name) for name in zoo.names(superseded=superseded)]
 
 
 def model(name: str) -> zoo.ModelSpec:

@@ -1,6 +1,7 @@
 """Registry of models: name -> architecture, shipped weights, their SHA-256, and a model card.
 
-`weights/index.json` lists what is shipped; a stream names its weights by the first 8 bytes of their SHA-256. This
+`weights/index.json` lists what is shipped; a stream names its weights by the first 8 bytes of their SHA-256. Weights
+stay when better ones take over their model's name, so that their files can be read. This
 module imports torch only where a network is built.
 """
 
@@ -54,6 +55,8 @@ class ModelSpec:
         architecture: the network that the weights fill.
         tune: what it was trained for.
         visual: a second synthesis for the same latents, for how pictures look, if there is one.
+        key_frames: the model that codes the key frames of a video model.
+        superseded_by: the model that new files are written with in its place; this one is there for older files.
     """
 
     name: str
@@ -65,6 +68,8 @@ class ModelSpec:
     card: Path
     tune: Tune
     visual: Synthesis | None
+    key_frames: str | None
+    superseded_by: str | None
 
 
 def _hyperprior(config: Mapping[str, Any]) -> Hyperprior:
@@ -108,9 +113,9 @@ def architecture(name: str, config: Mapping[str, Any] | None = None) -> nn.Modul
     return ARCHITECTURES[name](config or {})
 
 
-def names() -> list[str]:
-    """Names of the shipped models."""
-    return sorted(_index())
+def names(*, superseded: bool = False) -> list[str]:
+    """Names of the models that new files are written with, or of those that are there for older files."""
+    return sorted(name for name, spec in _index().items() if (spec.superseded_by is not None) == superseded)
 
 
 def describe(name: str) -> ModelSpec:
@@ -156,6 +161,7 @@ def _index() -> dict[str, ModelSpec]:
             name, e["id"], e["architecture"], e["summary"], WEIGHTS / e["file"], e["sha256"], CARDS / f"{name}.md",
             e.get("tune", "psnr"),
             Synthesis(WEIGHTS / e["visual"]["file"], e["visual"]["sha256"]) if "visual" in e else None,
+            e.get("key_frames"), e.get("superseded_by"),
         )
         for name, e in entries.items()
     }  # fmt: skip

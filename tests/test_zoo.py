@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from calotype import api
+from calotype import api, container
 from calotype.api import Codec
 from calotype.errors import ModelNotFoundError
 from calotype.models import zoo
 from calotype.models.exact import IntConv, integerise
 from calotype.models.hyperprior import Hyperprior, HyperpriorConfig
+from calotype.models.training.export import export_weights
 from calotype.models.zoo import WeightsError
+from calotype.video.frames import Colour
+from calotype.video.gop import video_format
 
 
 def forget() -> None:
@@ -41,8 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_shipped_models_are_whole() -> None:
     assert "hyperprior" in zoo.names()
-    ids = set()
-    for name in zoo.names():
+    for name in zoo.names() + zoo.names(superseded=True):
         spec = zoo.describe(name)
         zoo.verify_weights(name)
         api.verify_model(name)
@@ -51,8 +54,7 @@ def test_shipped_models_are_whole() -> None:
         assert spec.summary
         assert spec.card.read_text(encoding="utf-8").startswith("#")
         assert zoo.name_of(bytes.fromhex(spec.sha256)[:8]) == name
-        ids.add(spec.id)
-    assert len(ids) == len(zoo.names())
+    assert len({zoo.describe(name).id for name in zoo.names()}) == len(zoo.names())
     assert zoo.name_of(bytes(8)) is None
 
 
@@ -99,6 +101,33 @@ def test_files_of_other_weights_are_refused(folder: Path) -> None:
     forget()
     with pytest.raises(ModelNotFoundError, match="weights"):
         Codec.load(device="cpu").decode(data)
+
+
+def test_weights_stay_for_the_files_that_they_wrote(folder: Path) -> None:
+    from conftest import synthesise
+
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    index["video"]["key_frames"] = "hyperprior"
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    forget()
+    data = api.encode(synthesise(16, 16), device="cpu", quality=30)
+    plain, visual = (api.decode(data, device="cpu", tune=tune) for tune in (None, "visual"))
+    checkpoint = folder / "checkpoint.pt"
+    torch.save(random_network(7).state_dict(), checkpoint)
+    export_weights(checkpoint, "hyperprior", folder, keep="hyperprior-old")
+    forget()
+    assert "hyperprior-old" not in zoo.names()
+    assert "hyperprior-old" in zoo.names(superseded=True)
+    assert zoo.describe("hyperprior-old").superseded_by == "hyperprior"
+    assert zoo.describe("hyperprior").visual is None
+    zoo.verify_weights("hyperprior-old")
+    assert np.array_equal(api.decode(data, device="cpu"), plain)
+    assert np.array_equal(api.decode(data, device="cpu", tune="visual"), visual)
+    assert container.probe(data).model == "hyperprior-old"
+    assert container.probe(api.encode(synthesise(16, 16), device="cpu", quality=30)).model == "hyperprior"
+    assert zoo.name_of(video_format(64, 64, Colour(), 300).intra_weights) == "hyperprior-old"
+    with pytest.raises(ValueError, match="already"):
+        export_weights(checkpoint, "hyperprior", folder, keep="hyperprior-old")
 
 
 def test_shipped_network_codes_with_integers_and_needs_no_gradients(codec: Codec) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calotype import symbols
-from calotype.api import DEFAULT_MODEL, Codec
+from calotype.api import Codec
 from calotype.device import pick_device
 from calotype.entropy import SymbolTables
 from calotype.errors import FormatError, ModelNotFoundError
@@ -42,7 +42,9 @@ _T = TypeVar("_T")
 
 def video_format(width: int, height: int, colour: Colour, quality: int) -> VideoFormat:
     """The format of new videos, with the models that are shipped."""
-    intra, inter = zoo.describe(DEFAULT_MODEL), zoo.describe(VIDEO_MODEL)
+    inter = zoo.describe(VIDEO_MODEL)
+    assert inter.key_frames is not None
+    intra = zoo.describe(inter.key_frames)
     weights = [bytes.fromhex(spec.sha256[:16]) for spec in (intra, inter)]
     return VideoFormat(width, height, colour, quality, intra.id, weights[0], inter.id, weights[1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ def export_weights(
     photos: Path | None = None,
     clips: Path | None = None,
     tune: zoo.Tune | None = None,
+    keep: str | None = None,
 ) -> Path:
     """Write the averaged weights of `checkpoint` as NAME.safetensors into `folder` and update its index.
 
@@ -37,11 +39,13 @@ def export_weights(
         clips: a folder of clips on which a video model fits the tables of its latents; Gaussians without.
         tune: `visual` for the synthesis alone, NAME-visual.safetensors, of a model that is in the folder; what a model
             is trained for means all of it.
+        keep: a name under which the present weights stay, with their second synthesis, for the files and the key
+            frames that they code; otherwise nothing reads those any more.
     Returns:
         The weights' path.
     Raises:
-        ValueError: if photographs are needed, if the synthesis was trained for other weights, or if the model can have
-            no second one.
+        ValueError: if photographs are needed, if the synthesis was trained for other weights, if the model can have no
+            second one, or if the name to keep weights under is taken.
     """
     index_path = folder / zoo.INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
@@ -50,6 +54,8 @@ def export_weights(
     zoo.load_parameters(network, checkpoint)
     trained_for = index[name].get("tune", "psnr")
     if tune not in (None, trained_for):
+        if keep is not None:
+            raise ValueError("a second synthesis takes nothing's place: leave out the name to keep weights under")
         if not isinstance(network, Hyperprior) or trained_for != "psnr":
             raise ValueError(f"the model {name} draws pictures in one way only: leave out the tune")
         own, there = zoo.shipped(network), load_file(folder / index[name]["file"])
@@ -65,9 +71,28 @@ def export_weights(
         codebooks.fit(network, photos)
     if isinstance(network, Hyperprior) and photos is not None:
         fit_image_prior(network.eval(), photos)
-    if isinstance(network, Video) and clips is not None:
-        fit_prior(network.eval(), key_frame_model(IMAGE_MODEL), clips)
+    if isinstance(network, Video):
+        index[name]["key_frames"] = IMAGE_MODEL
+        if clips is not None:
+            fit_prior(network.eval(), key_frame_model(IMAGE_MODEL), clips)
+    if keep is not None:
+        _supersede(index, name, keep, folder)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _supersede(index: dict[str, dict[str, Any]], name: str, kept: str, folder: Path) -> None:
+    """Move the present weights of a model to the name `kept`. Raises ValueError if that is taken."""
+    if kept in index:
+        raise ValueError(f"there is a model {kept} already: keep the present weights of {name} under another name")
+    old = index[kept] = index[name] | {"superseded_by": name}
+    visual = index[name].pop("visual", None)
+    for part, file in ((old, f"{kept}.safetensors"), (visual, f"{kept}-visual.safetensors")):
+        if part is not None:
+            (folder / part["file"]).rename(folder / file)
+            part["file"] = file
+    for entry in index.values():
+        if entry.get("key_frames") == name:
+            entry["key_frames"] = kept
