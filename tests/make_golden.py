@@ -29,6 +29,8 @@ from calotype.video.stream import StreamReader, StreamWriter
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
+EARLIER = {"hyperprior-1": TESTS / "golden_hyperprior_1"}
+"""Files of weights that others have taken the place of: never made again."""
 MIXTURE = TESTS / "golden_mixture"
 MIXTURE_CASES = ("portrait-q10", "portrait-q60", "coffee-q85", "alpha-q30", "tiles-q25", "pattern-q100", "pixel-q50")
 VISUAL = TESTS / "golden_visual"

@@ -1,6 +1,7 @@
 """The specification is enough: a decoder written from docs/FORMAT.md alone reads what the codec writes.
 
-And the bitstream stays what it is: the files in tests/golden decode to recorded symbols and pixels.
+And the bitstream stays what it is: the files in tests/golden, and those of earlier weights, decode to recorded symbols
+and pixels.
 """
 
 from __future__ import annotations
@@ -194,6 +195,19 @@ def test_golden_file_of_other_weights(codec: Codec, name: str) -> None:
     stored = read_picture(make_golden.VISUAL / expected["pixels_png"])
     assert difference(codec.decode(data).picture.pixels, stored.pixels) <= 1
     check(reference_decoder.Decoder(Codec.load("visual").spec.weights), codec, data)
+
+
+@pytest.mark.parametrize("model", make_golden.EARLIER)
+def test_golden_files_of_earlier_weights(codec: Codec, model: str) -> None:
+    folder = make_golden.EARLIER[model]
+    expected = json.loads((folder / make_golden.INDEX).read_text(encoding="utf-8"))
+    assert len(expected) >= 8
+    for name, entry in expected.items():
+        data = (folder / name).read_bytes()
+        assert container.probe(data).model == model
+        assert codec.symbol_hash(data) == entry["symbols"], name
+        stored = read_picture(folder / entry["pixels_png"])
+        assert difference(codec.decode(data).picture.pixels, stored.pixels) <= 1, name
 
 
 def test_golden_files_cover_the_format() -> None:
