@@ -244,7 +244,7 @@ def test_estimated_bits_are_the_bytes_of_the_file(
 ) -> None:
     """The information of the symbols under their tables against the size of the whole file."""
     assert large_photo.width * large_photo.height >= 300_000
-    frequencies = tables.gaussian_frequencies().numpy().astype(np.float64)
+    frequencies = codec.coder.network.prior.frequencies.numpy().astype(np.float64)
     bounds = np.cumsum([0, *(2 * tables.half_width(i) + 2 for i in range(tables.SCALES))])
     bits, escapes = 0.0, 0
 

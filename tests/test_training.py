@@ -388,6 +388,7 @@ def test_tables_are_fitted_to_photographs(codec: Codec, photos_folder: Path, mon
     monkeypatch.setattr(photos, "FITTED_SIDE", 128)
     network, picture = Hyperprior().eval(), Picture(synthesise(140, 160, seed=1))
     zoo.load_parameters(network, codec.spec.weights)
+    network.prior.frequencies.copy_(tables.gaussian_frequencies())
 
     def size() -> int:
         fitted = Codec(PictureCoder(integerise(network), CPU), codec.spec)
