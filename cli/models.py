@@ -47,7 +47,7 @@ def list_models(*, as_json: bool) -> None:
     """List the installed models, last those that are there for older files."""
     from calotype import api
 
-    records = [_record(spec) for spec in api.models() + api.models(superseded=True)]
+    records = [_record(spec) for spec in api.models(superseded=True)]
     if as_json:
         print_json(_SCHEMA, {"models": records})
         return
@@ -70,9 +70,8 @@ def show(*, name: str, as_json: bool) -> None:
         print_json(_SCHEMA, {"models": [record]})
         return
     for key, value in record.items():
-        if value is None:
-            continue
-        click.echo(f"{key:13}  {', '.join(value) if isinstance(value, list) else value}")
+        if value is not None:
+            click.echo(f"{key:13}  {', '.join(value) if isinstance(value, list) else value}")
     card = Path(record["card"])
     if card.is_file():
         click.echo("\n" + card.read_text(encoding="utf-8").rstrip())
@@ -88,7 +87,7 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     from calotype import api
 
     settings = ctx.ensure_object(Settings)
-    wanted = [name] if name is not None else [s.name for s in api.models() + api.models(superseded=True)]
+    wanted = [name] if name is not None else [spec.name for spec in api.models(superseded=True)]
     records: list[dict[str, Any]] = []
     codes: list[int] = []
     for model in wanted:

@@ -82,7 +82,7 @@ def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
 
 
 def models(*, superseded: bool = False) -> list[zoo.ModelSpec]:
-    """The models that new files are written with, or those that are there for older files."""
+    """The models that new files are written with, and, if asked, then those that older files need."""
     return [zoo.describe(name) for name in zoo.names(superseded=superseded)]
 
 

@@ -114,8 +114,9 @@ def architecture(name: str, config: Mapping[str, Any] | None = None) -> nn.Modul
 
 
 def names(*, superseded: bool = False) -> list[str]:
-    """Names of the models that new files are written with, or of those that are there for older files."""
-    return sorted(name for name, spec in _index().items() if (spec.superseded_by is not None) == superseded)
+    """Names of the models that new files are written with, and, if asked, then of those that older files need."""
+    old = {name: spec.superseded_by is not None for name, spec in _index().items()}
+    return sorted((name for name in old if superseded or not old[name]), key=lambda name: (old[name], name))
 
 
 def describe(name: str) -> ModelSpec:

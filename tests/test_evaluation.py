@@ -482,7 +482,7 @@ def test_the_page_works_in_a_browser(reported: Path) -> None:
     assert 'src="http' not in text
     assert "/*DATA*/" not in text
     with playwright.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = play.chromium.launch(executable_path=program)
         page = chromium.new_page(viewport={"width": 1200, "height": 900})
         complaints: list[str] = []
         requests: list[str] = []

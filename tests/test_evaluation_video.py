@@ -338,7 +338,7 @@ def test_the_page_shows_rates_in_kilobits(reported: Path) -> None:
     if program is None:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = play.chromium.launch(executable_path=program)
         page = chromium.new_page()
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text) if message.type != "log" else None)

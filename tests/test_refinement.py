@@ -105,13 +105,13 @@ def test_effort_can_be_measured(fur: Picture, tmp_path: Path) -> None:
 def test_the_visual_model_makes_files_that_look_better(photo: Picture) -> None:
     """At no more bytes than a file of least error, whoever decodes them: a file names its model."""
     least, looks = Codec.load(), Codec.load("visual")
-    plain = least.encode(photo, quality=35).data
+    plain = least.encode(photo, quality=50).data
     made = looks.encode(photo, target=Target("size", len(plain))).data
     assert len(made) <= len(plain)
     original, drawn = _tensor(photo), [_tensor(least.decode(data).picture) for data in (plain, made)]
     features = perceptual.features(original)
     unlike, unlike_made = (perceptual.distance(features, perceptual.features(x)).item() for x in drawn)
-    assert unlike_made < 0.97 * unlike
+    assert unlike_made < 0.95 * unlike
     score, score_made = (structure_score(original, x) for x in drawn)
     assert score_made > score + 10
 

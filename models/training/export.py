@@ -14,7 +14,6 @@ from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
 from calotype.models.training import codebooks
 from calotype.models.training.photos import fit_image_prior
-from calotype.models.training.recipe import IMAGE_MODEL
 from calotype.models.training.video import fit_prior, key_frame_model
 from calotype.models.video import Video
 from calotype.models.vqgan import Vqgan
@@ -49,6 +48,8 @@ def export_weights(
     """
     index_path = folder / zoo.INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
+    if keep in index:
+        raise ValueError(f"there is a model {keep} already: keep the present weights of {name} under another name")
     network = zoo.architecture(index[name]["architecture"])
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
@@ -71,10 +72,8 @@ def export_weights(
         codebooks.fit(network, photos)
     if isinstance(network, Hyperprior) and photos is not None:
         fit_image_prior(network.eval(), photos)
-    if isinstance(network, Video):
-        index[name]["key_frames"] = IMAGE_MODEL
-        if clips is not None:
-            fit_prior(network.eval(), key_frame_model(IMAGE_MODEL), clips)
+    if isinstance(network, Video) and clips is not None:
+        fit_prior(network.eval(), key_frame_model(zoo.describe(name)), clips)
     if keep is not None:
         _supersede(index, name, keep, folder)
     path = folder / index[name]["file"]
@@ -84,9 +83,7 @@ def export_weights(
 
 
 def _supersede(index: dict[str, dict[str, Any]], name: str, kept: str, folder: Path) -> None:
-    """Move the present weights of a model to the name `kept`. Raises ValueError if that is taken."""
-    if kept in index:
-        raise ValueError(f"there is a model {kept} already: keep the present weights of {name} under another name")
+    """Move the present weights of a model to the name `kept`."""
     old = index[kept] = index[name] | {"superseded_by": name}
     visual = index[name].pop("visual", None)
     for part, file in ((old, f"{kept}.safetensors"), (visual, f"{kept}-visual.safetensors")):

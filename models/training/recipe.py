@@ -9,9 +9,6 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-IMAGE_MODEL = "hyperprior"
-"""Whose key frames a video model continues."""
-
 
 class Recipe(BaseModel):
     """Settings of a training run; unknown keys are refused."""
@@ -68,8 +65,6 @@ class Recipe(BaseModel):
     """Step from which the token model is trained against a discriminator."""
     recluster: tuple[int, ...] = ()
     """Steps at which the codebooks of the token model are clustered anew."""
-    image_model: str = IMAGE_MODEL
-    """Shipped model that codes the key frames of the video model."""
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -116,10 +116,11 @@ def _colour_matrices(factor: int) -> tuple[Tensor, Tensor]:
     return forward, back
 
 
-def key_frame_model(name: str) -> Hyperprior:
-    """A shipped model, in floats, that codes key frames."""
+def key_frame_model(video: zoo.ModelSpec) -> Hyperprior:
+    """The shipped model, in floats, that codes the key frames of a video model."""
+    assert video.key_frames is not None
     image = Hyperprior()
-    zoo.load_parameters(image, zoo.describe(name).weights)
+    zoo.load_parameters(image, zoo.describe(video.key_frames).weights)
     return image.eval().requires_grad_(False)
 
 
@@ -234,7 +235,7 @@ class ClipTask(Task):
 
     def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
         self.recipe, self.device = recipe, device
-        self.image = key_frame_model(recipe.image_model).to(device)
+        self.image = key_frame_model(zoo.describe(recipe.model)).to(device)
         video = Video()
         if recipe.start_from is None:
             start_from_image_model(video, self.image)
