@@ -14,6 +14,11 @@ _STRIP = 768
 """Positions that a block computes at a time on a CPU, twice as many in bfloat16."""
 
 
+def works_in_strips(x: Tensor) -> bool:
+    """Whether features are computed some positions at a time, which stay in the cache: in inference on a CPU."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and x.device.type == "cpu"
+
+
 class Block(nn.Module):
     """Residual block: depthwise 3x3, 1x1 to twice the width, leaky ReLU, 1x1 back. No norm. [B, C, H, W] both ways.
 
@@ -29,7 +34,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_inference_mode_enabled() and x.device.type == "cpu":
+        if works_in_strips(x):
             return self._in_strips(x)
         return x + self.project(F.leaky_relu(self.expand(self.depthwise(x)), SLOPE))
 

@@ -62,7 +62,8 @@ class _RoundClamp(_Saturate):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, limit: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limit = limit  # type: ignore[attr-defined]
-        return (x + 0.5).floor_().clamp_(-limit, limit)
+        # Not in place: torch.compile would lose the gradient without a word (torch 2.11; not 2.13).
+        return torch.floor(x + 0.5).clamp(-limit, limit)
 
 
 def saturate(x: Tensor, limit: float) -> Tensor:

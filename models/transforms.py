@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.models import tables
-from calotype.models.blocks import blocks, in_bfloat16, start_as_dct
+from calotype.models.blocks import blocks, in_bfloat16, start_as_dct, works_in_strips
 from calotype.models.quantizers import Modulation, base_step
 
 STRIDE = 16
@@ -196,7 +196,7 @@ def _by_strips(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     The first input is the coarsest: the heights of the others are multiples of its.
     """
     height, width = inputs[0].shape[2:]
-    if not torch.is_inference_mode_enabled() or inputs[0].is_cuda:
+    if not works_in_strips(inputs[0]):
         return function(*inputs)
     rows = max(1, _STRIP // width)
     strips = zip(*(x.split(rows * (x.shape[2] // height), 2) for x in inputs), strict=True)

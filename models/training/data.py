@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import EllipsisType
 
@@ -43,40 +42,36 @@ def random_part(rng: random.Random, crop: int, side: int) -> tuple[EllipsisType,
 
 
 class RandomCrops:
-    """An endless, prefetched stream of batches [B, 3, P, P] uint8, with random flips and transposes.
+    """An endless stream of batches [B, 3, P, P] uint8, with random flips and transposes.
 
-    All photographs are held decoded in memory (three bytes a pixel), so that the loop never waits for a decoder.
+    All photographs are held decoded in the memory of `device` (three bytes a pixel), and crops are cut there, so that
+    the loop never waits for a decoder or a transfer. Photographs with a shorter side than the crop are left out.
     """
 
-    def __init__(self, folder: Path, *, batch: int, crop: int, seed: int, prefetch: int = 4) -> None:
-        self.batch, self.crop = batch, crop
-        self.random = random.Random(seed)
-        photos = [load_rgb(p) for p in find_photos(folder)]
-        self.photos = [p for p in photos if min(p.shape[:2]) >= crop]
-        if not self.photos:
+    def __init__(
+        self, folder: Path, *, batch: int, crop: int, seed: int, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.batch, self.crop, self.device = batch, crop, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        with ThreadPoolExecutor() as pool:
+            photos = [p for p in pool.map(load_rgb, find_photos(folder)) if min(p.shape[:2]) >= crop]
+        if not photos:
             raise ValueError(f"no photograph below {folder} is at least {crop} pixels on its short side")
-        # A photograph is drawn as often as its number of crops, so that no pixel is favoured.
-        self.weights = [float(p.shape[0] * p.shape[1]) for p in self.photos]
-        self.queue: queue.Queue[Tensor] = queue.Queue(prefetch)
-        threading.Thread(target=self._fill, daemon=True).start()
-
-    def _fill(self) -> None:
-        while True:
-            self.queue.put(self._draw())
-
-    def _draw(self) -> Tensor:
-        side, rng = self.crop, self.random
-        out = np.empty((self.batch, side, side, 3), np.uint8)
-        for i, photo in enumerate(rng.choices(self.photos, self.weights, k=self.batch)):
-            top = rng.randrange(photo.shape[0] - side + 1)
-            left = rng.randrange(photo.shape[1] - side + 1)
-            crop = photo[top : top + side, left : left + side]
-            if rng.random() < 0.5:
-                crop = crop[:, ::-1]
-            if rng.random() < 0.5:
-                crop = crop.transpose(1, 0, 2)
-            out[i] = crop
-        return torch.from_numpy(out).permute(0, 3, 1, 2)
+        self.pixels = torch.cat([torch.from_numpy(p.reshape(-1, 3).copy()) for p in photos]).to(device)
+        self.heights, self.widths = torch.tensor([p.shape[:2] for p in photos], device=device).unbind(1)
+        self.ends = (self.heights * self.widths).cumsum(0)
 
     def __next__(self) -> Tensor:
-        return self.queue.get()
+        shape = 5, self.batch, 1
+        u = torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float64).unbind()
+        # A photograph is drawn as often as its number of pixels, so that no pixel is favoured.
+        which = torch.searchsorted(self.ends, (u[0] * self.ends[-1]).long(), right=True)
+        height, width, side = self.heights[which], self.widths[which], self.crop
+        top, left = (u[1] * (height - side + 1)).long(), (u[2] * (width - side + 1)).long()
+        first = self.ends[which] - height * width + top * width + left
+        across = torch.arange(side, device=self.device)
+        down = width * across
+        across = torch.where(u[3] < 0.5, across, across.flip(0))
+        rows, columns = (torch.where(u[4] < 0.5, a, b) for a, b in ((down, across), (across, down)))
+        where = first[:, :, None] + rows[:, :, None] + columns[:, None, :]
+        return self.pixels[where].permute(0, 3, 1, 2)

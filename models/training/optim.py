@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,29 +24,41 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state: dict[str, Any] = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p.grad)
-                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"]).reshape(p.shape[0], -1)
-                scale = 0.2 * math.sqrt(max(update.shape))
-                p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * scale)
+            moved = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in moved if p.grad is not None]
+            momenta = [self._momentum(p) for p in moved]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            # Matrices of one shape together: a GPU would wait for the host to start products of single ones.
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p, update in zip(moved, updates, strict=True):
+                matrix = update.reshape(p.shape[0], -1)
+                alike[matrix.shape].append((p, matrix))
+            for shape, members in alike.items():
+                directions = orthogonalise(torch.stack([matrix for _, matrix in members]))
+                scale = 0.2 * math.sqrt(max(shape))
+                for (p, _), direction in zip(members, directions, strict=True):
+                    p.add_(direction.reshape(p.shape), alpha=-group["lr"] * scale)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum: Tensor = state["momentum"]
+        return momentum
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Approximately the nearest (semi-)orthogonal matrix [rows, columns], by a quintic Newton-Schulz iteration."""
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Approximately the nearest (semi-)orthogonal matrices [..., rows, columns]: quintic Newton-Schulz iterations."""
+    x = matrices.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.t()
+        x = x.mT
     for _ in range(5):
-        gram = x @ x.t()
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.t() if tall else x).float()
+    return (x.mT if tall else x).float()
 
 
 def build_optimizers(model: nn.Module, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:

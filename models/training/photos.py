@@ -86,12 +86,12 @@ class PhotoTask(Task):
         self.model: nn.Module = architecture(spec.architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.start_from is not None:
             load_parameters(self.model, recipe.start_from)
-        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
+        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
         self.photos = validation_photos(recipe)
 
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
-        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
+        x = next(self.crops).float() / 255 - 0.5
         t = spread_qualities(r.batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t)

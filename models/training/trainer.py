@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from calotype.models.training.optim import build_optimizers
 from calotype.models.training.recipe import Recipe
@@ -116,14 +116,13 @@ class Trainer:
         bases = (r.muon_lr, r.adam_lr)
         started, base_seconds = time.monotonic(), self.seconds
         saved = started
-        sums, counted, best, phase = torch.zeros(3), 0, math.inf, self.task.phase
+        sums, counted, best, phase = torch.zeros(3, device=self.device), 0, math.inf, self.task.phase
         while self.step < r.steps:
             factor = self._learning_rate()
             for optimizer, base in zip(self.optimizers, bases, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = base * factor
-            loss, bpp, mse = self._train_step(forward)
-            sums += torch.tensor([loss, bpp, mse])
+            sums += self._train_step(forward)
             counted += 1
             self.step += 1
             self.seconds = base_seconds + time.monotonic() - started
@@ -149,21 +148,29 @@ class Trainer:
         self.save()
         return self._validate_ema()
 
-    def _train_step(self, forward: Callable[..., Any]) -> tuple[float, float, float]:
-        r = self.recipe
+    def _train_step(self, forward: Callable[..., Any]) -> Tensor:
+        """Loss, bpp and squared error, on the device: whoever reads them waits for it."""
         loss, bpp, mse = self.task.losses(forward)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), r.clip_norm)
-        if torch.isfinite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-        decay = min(r.ema_decay, (self.step + 1) / (self.step + 10))
+        self._clip()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        decay = min(self.recipe.ema_decay, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                self.ema[name].lerp_(p, 1 - decay)
-        return loss.item(), bpp.item(), math.nan if mse is None else mse.item()
+            torch._foreach_lerp_(list(self.ema.values()), list(self.model.parameters()), 1 - decay)
+        return torch.stack([loss, bpp, torch.full_like(loss, math.nan) if mse is None else mse]).detach().float()
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Shorten the gradient to `clip_norm`; one that is not finite becomes zero."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        factor = (self.recipe.clip_norm / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), factor, torch.zeros_like(factor)))
+        for gradient in gradients:
+            gradient.nan_to_num_(0.0, 0.0, 0.0)
 
     def _validate_ema(self) -> Validation:
         current = {k: v.detach().clone() for k, v in self.model.named_parameters()}

@@ -32,7 +32,7 @@ class VisualTask(Task):
         load_parameters(self.model, recipe.start_from)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(SYNTHESIS))
-        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
+        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
         self.random = random.Random(seed)
         self.photos = validation_photos(recipe)
         self.adversary = Adversary(device, bf16=recipe.bf16)
@@ -45,7 +45,7 @@ class VisualTask(Task):
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
         self.step += 1
-        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True).float() / 255 - 0.5
+        x = next(self.crops).float() / 255 - 0.5
         t = spread_qualities(r.batch, self.device)
         self.model.eval()  # rates are not trained, and latents are rounded as in coding
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):

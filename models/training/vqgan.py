@@ -50,7 +50,7 @@ class PictureTask(Task):
             for name, parameter in self.network.named_parameters():
                 parameter.requires_grad_(name.startswith(SYNTHESIS))
         self.model: nn.Module = self.network
-        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed)
+        self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
         self.random = random.Random(seed)
         self.photos = validation_photos(recipe)
         self.adversary = Adversary(device, bf16=recipe.bf16)
@@ -96,7 +96,7 @@ class PictureTask(Task):
         return Losses(loss, sizes[steps].mean() / STRIDE**2, (drawn.detach() - x).square().mean())
 
     def _draw(self) -> Tensor:
-        x = next(self.crops).to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        x = next(self.crops)
         return x.float() / 255 - 0.5
 
     @torch.no_grad()
