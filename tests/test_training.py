@@ -131,6 +131,23 @@ def test_resumed_run_goes_on(finished: tuple[Trainer, Path], photos_folder: Path
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["step"] == 6
 
 
+def test_run_ends_after_its_hours(photos_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["steps=100", "decay_steps=50", "warmup_steps=0"]
+    trainer = Trainer(recipe(photos_folder, tmp_path, *settings, "hours=2"), CPU, resume=False)
+    assert trainer._learning_rate() == 1
+    trainer.seconds = 0.75 * 7200
+    assert trainer._learning_rate() == pytest.approx(0.5), "the rate falls in the second half of the time"
+    trainer.step = 90
+    assert trainer._learning_rate() == pytest.approx(0.2), "or of the steps, if they are done sooner"
+    short = Trainer(recipe(photos_folder, tmp_path, *settings, "hours=1e-9"), CPU, resume=False)
+    short.run()
+    assert short.step == 1
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"] == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="hours"):
+        Trainer(recipe(photos_folder, tmp_path, "hours=1"), CPU, resume=False)
+
+
 def test_without_resume_a_run_starts_anew(finished: tuple[Trainer, Path], photos_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(finished[1], tmp_path / "run")
     assert Trainer(recipe(photos_folder, tmp_path / "run"), CPU, resume=False).step == 0

@@ -29,6 +29,8 @@ class Recipe(BaseModel):
     warmup_steps: int = Field(100, ge=0)
     decay_steps: int = Field(ge=0)
     """Length of the final linear decay of the learning rate to zero; before it the rate is constant."""
+    hours: float | None = Field(None, gt=0)
+    """Ends the run after so long, unless its steps are done before; the rate falls in the same share of the time."""
     batch: int = Field(8, gt=0)
     crop: int = Field(256, gt=0, multiple_of=64)
     muon_lr: float = 2e-3
@@ -40,6 +42,7 @@ class Recipe(BaseModel):
     seed: int = 0
     bf16: bool = True
     compile: bool = False
+    """Whether the network is compiled: a minute or two, then several times as fast on a GPU; slower on a CPU."""
     log_every: int = Field(100, gt=0)
     checkpoint_minutes: float = Field(10.0, gt=0)
     validate_every: int = Field(1000, gt=0)

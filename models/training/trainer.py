@@ -37,6 +37,8 @@ class Trainer:
         self.recipe, self.device = recipe, device
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world > 1 and recipe.hours is not None:
+            raise ValueError("processes would not end at the same step: leave out hours, or train with one")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         torch.manual_seed(recipe.seed + self.rank)
@@ -97,11 +99,16 @@ class Trainer:
     def _learning_rate(self) -> float:
         r = self.recipe
         warm = min(1.0, (self.step + 1) / max(1, r.warmup_steps))
-        left = (r.steps - self.step) / max(1, r.decay_steps)
+        left = (1 - self._progress()) * r.steps / max(1, r.decay_steps)
         return warm * min(1.0, left)
 
+    def _progress(self) -> float:
+        """Share of the run that is over; 1 ends it."""
+        r = self.recipe
+        return max(self.step / r.steps, 0.0 if r.hours is None else self.seconds / (3600 * r.hours))
+
     def run(self) -> Validation:
-        """Train to the last step; returns the validation of the averaged weights. Raises TrainingDivergedError."""
+        """Train to the end; returns the validation of the averaged weights. Raises TrainingDivergedError."""
         torch.set_flush_denormal(True)  # tiny gradients would slow a CPU down several times
         try:
             return self._run()
@@ -110,14 +117,16 @@ class Trainer:
 
     def _run(self) -> Validation:
         r = self.recipe
-        forward: Callable[..., Any] = torch.compile(self.model) if r.compile else self.model
+        forward: Callable[..., Any] = self.model
         if self.world > 1:
             forward = nn.parallel.DistributedDataParallel(self.model)
+        if r.compile:
+            forward = torch.compile(forward)
         bases = (r.muon_lr, r.adam_lr)
         started, base_seconds = time.monotonic(), self.seconds
         saved = started
         sums, counted, best, phase = torch.zeros(3, device=self.device), 0, math.inf, self.task.phase
-        while self.step < r.steps:
+        while self._progress() < 1:
             factor = self._learning_rate()
             for optimizer, base in zip(self.optimizers, bases, strict=True):
                 for group in optimizer.param_groups:
@@ -143,7 +152,7 @@ class Trainer:
             if time.monotonic() - saved > 60 * r.checkpoint_minutes:
                 self.save()
                 saved = time.monotonic()
-            if self.step % r.validate_every == 0 and self.step < r.steps:
+            if self.step % r.validate_every == 0 and self._progress() < 1:
                 self._validate_ema()
         self.save()
         return self._validate_ema()
