@@ -70,16 +70,16 @@ class SymbolTables:
 
     def order(self, tables: Tables) -> tuple[npt.NDArray[np.intp], list[tuple[int, slice]], Symbols]:
         """Coding order: positions of the coded symbols, the run of each table in it, and each position's half-width."""
-        order = np.argsort(tables, kind="stable")
-        bounds = np.searchsorted(tables[order], np.arange(self.skip, len(self.models) + 1))
-        order = order[bounds[0] :]
-        bounds -= bounds[0]
+        coded = np.flatnonzero(tables >= self.skip)
+        chosen = tables[coded]
+        order = np.argsort(chosen, kind="stable")
+        bounds = np.searchsorted(chosen[order], np.arange(self.skip, len(self.models) + 1))
         runs = [
             (table, slice(start, stop))
             for table, (start, stop) in enumerate(itertools.pairwise(bounds.tolist()), self.skip)
             if start < stop
         ]
-        return order, runs, np.repeat(self.half_widths[self.skip :], np.diff(bounds))
+        return coded[order], runs, np.repeat(self.half_widths[self.skip :], np.diff(bounds))
 
 
 NO_TABLES = SymbolTables(np.zeros(0, np.int32), (), 0)
