@@ -137,7 +137,7 @@ def draw(network: Mixture, photos: Path, batches: int, seed: int) -> list[Scene]
     scenes = []
     for _ in range(batches):
         quality = torch.randint(QUALITY_STEPS + 1, (8,), generator=generator)
-        x = next(crops).contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
+        x = next(crops).float() / 255 - 0.5
         y = network.analyse(x, quality / QUALITY_STEPS)
         middle, coarse = network.hyper_analysis(y)
         scenes.append(Scene(coarse, middle, y, quality))

@@ -42,7 +42,7 @@ def random_part(rng: random.Random, crop: int, side: int) -> tuple[EllipsisType,
 
 
 class RandomCrops:
-    """An endless stream of batches [B, 3, P, P] uint8, with random flips and transposes.
+    """An endless stream of batches [B, 3, P, P] uint8, channels innermost in memory, with random flips and transposes.
 
     All photographs are held decoded in the memory of `device` (three bytes a pixel), and crops are cut there, so that
     the loop never waits for a decoder or a transfer. Photographs with a shorter side than the crop are left out.
@@ -57,7 +57,7 @@ class RandomCrops:
             photos = [p for p in pool.map(load_rgb, find_photos(folder)) if min(p.shape[:2]) >= crop]
         if not photos:
             raise ValueError(f"no photograph below {folder} is at least {crop} pixels on its short side")
-        self.pixels = torch.cat([torch.from_numpy(p.reshape(-1, 3).copy()) for p in photos]).to(device)
+        self.pixels = torch.from_numpy(np.concatenate([p.reshape(-1, 3) for p in photos])).to(device)
         self.heights, self.widths = torch.tensor([p.shape[:2] for p in photos], device=device).unbind(1)
         self.ends = (self.heights * self.widths).cumsum(0)
 

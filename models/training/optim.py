@@ -24,14 +24,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in moved if p.grad is not None]
-            momenta = [self._momentum(p) for p in moved]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+            momenta = [self._momentum(p) for p in gradients]
+            torch._foreach_lerp_(momenta, list(gradients.values()), 1 - group["momentum"])
+            updates = torch._foreach_lerp(list(gradients.values()), momenta, group["momentum"])
             # Matrices of one shape together: a GPU would wait for the host to start products of single ones.
             alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for p, update in zip(moved, updates, strict=True):
+            for p, update in zip(gradients, updates, strict=True):
                 matrix = update.reshape(p.shape[0], -1)
                 alike[matrix.shape].append((p, matrix))
             for shape, members in alike.items():

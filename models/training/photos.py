@@ -69,7 +69,7 @@ def fit_image_prior(model: Hyperprior, folder: Path) -> None:
     counts = SymbolCounts(model.tables.half_widths, 0)
     crops = RandomCrops(folder, batch=1, crop=FITTED_SIDE, seed=0)
     for number in range(FITTED_CROPS):
-        x = next(crops).contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
+        x = next(crops).float() / 255 - 0.5
         quality = torch.tensor([QUALITY_STEPS * (2 * number + 1) // (2 * FITTED_CROPS)])
         y = network.analyse(x, quality.float() / QUALITY_STEPS)
         counts.of(network.code((1, *y.shape[2:]), quality, y))

@@ -158,28 +158,25 @@ class Trainer:
         return self._validate_ema()
 
     def _train_step(self, forward: Callable[..., Any]) -> Tensor:
-        """Loss, bpp and squared error, on the device: whoever reads them waits for it."""
+        """Loss, bpp and squared error, on the device: whoever reads them waits for it.
+
+        A gradient that is not finite counts as zero.
+        """
         loss, bpp, mse = self.task.losses(forward)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self._clip()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        for p in self.model.parameters():
+            if p.grad is not None:  # clipping makes nothing but zeros and NaN of a gradient that is not finite
+                p.grad.nan_to_num_(0.0)
         for optimizer in self.optimizers:
             optimizer.step()
         decay = min(self.recipe.ema_decay, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), list(self.model.parameters()), 1 - decay)
+            own = dict(self.model.named_parameters())
+            torch._foreach_lerp_([self.ema[name] for name in own], list(own.values()), 1 - decay)
         return torch.stack([loss, bpp, torch.full_like(loss, math.nan) if mse is None else mse]).detach().float()
-
-    @torch.no_grad()
-    def _clip(self) -> None:
-        """Shorten the gradient to `clip_norm`; one that is not finite becomes zero."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        factor = (self.recipe.clip_norm / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), factor, torch.zeros_like(factor)))
-        for gradient in gradients:
-            gradient.nan_to_num_(0.0, 0.0, 0.0)
 
     def _validate_ema(self) -> Validation:
         current = {k: v.detach().clone() for k, v in self.model.named_parameters()}

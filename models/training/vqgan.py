@@ -96,8 +96,7 @@ class PictureTask(Task):
         return Losses(loss, sizes[steps].mean() / STRIDE**2, (drawn.detach() - x).square().mean())
 
     def _draw(self) -> Tensor:
-        x = next(self.crops)
-        return x.float() / 255 - 0.5
+        return next(self.crops).float() / 255 - 0.5
 
     @torch.no_grad()
     def _cluster(self) -> None:
