@@ -7,10 +7,9 @@ of the whole picture, whatever the tiles are.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -21,21 +20,18 @@ from torch import Tensor
 from calotype import symbols, windows
 from calotype.entropy import SymbolTables
 from calotype.errors import DriftError, FormatError, InputError
+from calotype.improving import Improver
 from calotype.models.blocks import bfloat16_is_fast
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Coding, CodingTables
 from calotype.models.quantizers import QUALITY_STEPS
-from calotype.models.refinement import Scene, Schedule, differentiable, refine
 from calotype.models.transforms import STRIDE
 from calotype.models.zoo import Tune, layout
 from calotype.stopwatch import Stopwatch
 from calotype.windows import Box, Progress, grid
 
-SCHEDULES: dict[Tune, dict[int, Schedule]] = {
-    "psnr": {7: Schedule(6, 0.05, 1.5, 0.02), 9: Schedule(20, 0.02, 1.5, 0.01)},
-    "visual": {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.04, 3.0, 0.01)},
-}
-"""How latents are refined, by tune and effort; at other efforts they are those of the analysis."""
+IMPROVING = 0.9
+"""Share of the progress that is told of improving a latent, where it is improved at all."""
 
 
 @dataclass
@@ -124,6 +120,7 @@ class PictureCoder:
     ) -> None:
         self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
         self.transforms = network.economical() if bfloat16_is_fast(device) else network
+        self._improver = Improver(network, device, tune) if isinstance(network, Hyperprior) else None
         self.batch = batch or (8 if device.type == "cuda" else 1)
         frequencies, half_widths, skip, escapes = network.tables
         self.tables = SymbolTables(frequencies.cpu().numpy(), half_widths, skip, escapes=escapes)
@@ -142,30 +139,30 @@ class PictureCoder:
     ) -> list[bytes]:
         """Tile payloads in raster order for pixels [H, W, C] at an integer quality and a tile side in pixels.
 
-        At the efforts of `SCHEDULES` memory grows with the tile, by about 1 kB per pixel of it, 4 kB where looks count.
-        Raises InputError for these efforts if the model's latents cannot be refined.
+        From effort 7 on, memory grows with the tile where looks count: 4 kB per pixel of it.
+        Raises InputError for these efforts if the model's latents cannot be improved.
         """
-        schedule = SCHEDULES[self.tune].get(effort)
-        if schedule and not isinstance(self.network, Hyperprior):
-            raise InputError(f"effort {effort} refines latents of the model hyperprior only: use effort 5")
+        if effort > 5 and self._improver is None:
+            raise InputError(f"effort {effort} improves latents of the model hyperprior only: use effort 5")
         latent = self._analyse(pixels, quality, watch)
         boxes = grid(Box(0, 0, *latent.shape[2:]), tile // STRIDE)
+        groups = list(self._batches([b.shape for b in boxes]))
+        better = None
+        if self._improver is not None:
+            tiles, before = [[boxes[n] for n in numbers] for numbers in groups], windows.part(progress, 0, IMPROVING)
+            with watch("improve"):
+                better = self._improver.improve(pixels, latent, tiles, quality, effort, before)
+        if better is not None:
+            latent, progress = better.latent, windows.part(progress, IMPROVING, 1 - IMPROVING)
         payloads: list[bytes] = [b""] * len(boxes)
         done = 0
-        for numbers in self._batches([b.shape for b in boxes]):
-            y = torch.cat([latent[(..., *boxes[n].slices)] for n in numbers]).to(self.device)
+        for place, numbers in enumerate(groups):
+            y = windows.stack(latent, [boxes[n] for n in numbers], self.device)
             size, quality_integers = (len(numbers), *y.shape[2:]), self._quality(quality)[0].expand(len(numbers))
-            if schedule and isinstance(self.network, Hyperprior):
-                with watch("refine"):
-                    z, refined = self.network.hyper_analysis(y), []
-                    for place, n in enumerate(numbers):
-                        start, share = (done + place) / len(boxes), 1 / len(boxes)
-                        report = windows.part(progress, start, share)
-                        scene = self._scene(pixels, latent, boxes[n], z[place : place + 1], quality)
-                        refined.append(self._refine(scene, y[place : place + 1], schedule, report))
-                    coding = self.network.code(size, quality_integers, torch.cat(refined), z)
-            else:
+            if better is None:
                 coding = self.network.code(size, quality_integers, y)
+            else:
+                coding = better.network.code(size, quality_integers, y, better.hyper[place])
             coded, _ = symbols.write(coding, self.tables, len(numbers), watch)
             for n, payload in zip(numbers, coded, strict=True):
                 payloads[n] = payload
@@ -173,37 +170,6 @@ class PictureCoder:
             if progress:
                 progress(done / len(boxes))
         return payloads
-
-    def _scene(self, pixels: npt.NDArray[np.uint8], latent: Tensor, box: Box, z: Tensor, quality: int) -> Scene:
-        outer = box.grown(self.network.halo, *latent.shape[2:])
-        inner = box.relative_to(outer)
-        own = box.scaled(STRIDE).within(Box(0, 0, *pixels.shape[:2]))
-        around = latent[(..., *outer.slices)].to(self.device)
-        return Scene(
-            windows.load(pixels, own, self.device, self.layout),
-            around,
-            inner.top,
-            inner.left,
-            z,
-            self._quality(quality)[1],
-        )
-
-    @functools.cached_property
-    def _differentiable(self) -> Hyperprior:
-        assert isinstance(self.network, Hyperprior)
-        return differentiable(self.network).to(memory_format=self.layout)  # type: ignore[call-overload]
-
-    def _refine(self, scene: Scene, y: Tensor, schedule: Schedule, progress: Progress | None) -> Tensor:
-        with torch.inference_mode(False):
-            # What was computed in inference mode has no place in a graph: copies have.
-            tensors = {name: getattr(scene, name).clone() for name in ("pixels", "around", "z", "t")}
-            scene = replace(scene, **tensors)
-            try:
-                return refine(self._differentiable, scene, y.clone(), schedule, self.tune, progress)
-            except ImportError as error:
-                raise InputError(
-                    f"refinement for looks needs {error.name}: pip install 'calotype[eval]', or use effort 5"
-                ) from error
 
     def _batches(self, shapes: Sequence[tuple[int, int]]) -> Iterable[list[int]]:
         """Numbers of tiles to be coded together: equal shapes, at most `batch`."""

@@ -5,7 +5,7 @@ A window is transformed with a halo as wide as the receptive field: the result e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +92,11 @@ def load(pixels: npt.NDArray[np.uint8], box: Box, device: torch.device, layout: 
     if bottom or right:
         x = F.pad(x, (0, right, 0, bottom), mode="replicate")
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=layout)
+
+
+def stack(latent: Tensor, boxes: Sequence[Box], device: torch.device) -> Tensor:
+    """[B, M, h, w] on the device: boxes of one shape of a latent [1, M, H, W]."""
+    return torch.cat([latent[(..., *box.slices)] for box in boxes]).to(device)
 
 
 def analyse(

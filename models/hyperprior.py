@@ -55,3 +55,7 @@ class Hyperprior(Transforms):
         if y is not None and z is None:
             z = self.hyper_analysis(y)
         return self.prior.code(shape, quality_level(quality), z, y)
+
+    def quantise(self, quality: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent `y` as it would be decoded, in quantisation steps, and the slope of its bits; `Prior.quantise`."""
+        return self.prior.quantise(quality_level(quality), z, y)

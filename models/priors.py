@@ -193,6 +193,17 @@ def gaussian_bits(offset: Tensor, index: Tensor) -> Tensor:
     return -torch.log2(_LowerBound.apply(mass, 1e-9)) + 2 * beyond
 
 
+def gaussian_slope(symbols: Tensor, index: Tensor) -> Tensor:
+    """Derivative of `gaussian_bits` at integer `symbols` under tables `index` of the same shape."""
+    slope = torch.zeros(symbols.shape, device=symbols.device)
+    some = symbols != 0  # few, and at zero it vanishes
+    with torch.inference_mode(False), torch.enable_grad():
+        offset = symbols[some].float().clone().requires_grad_()
+        (found,) = torch.autograd.grad(gaussian_bits(offset, index[some].float().clone()).sum(), offset)
+    slope[some] = found
+    return slope
+
+
 class HyperAnalysis(nn.Sequential):
     """Encoder only: the hyper-latent z [B, Z, ceil(H/4), ceil(W/4)] of a latent y [B, M, H, W]; floats."""
 
@@ -412,6 +423,29 @@ class Prior(nn.Module):
             as_rows(y_hat)[:, where, p.start : p.stop] = value
             as_rows(seen)[:, where, p.start : p.stop] = self._compand(value)
         return y_hat
+
+    def quantise(self, level: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent y [B, M, H, W] as it will be decoded, in quantisation steps, and the slope of its bits.
+
+        The slope is that of the bits of each symbol alone, under its Gaussian, in bits per quantisation step.
+        """
+        coding = self.code((y.shape[0], *y.shape[2:]), level, z, y)
+        asked = []
+        try:
+            request = next(coding)
+            while True:
+                assert request.symbols is not None
+                asked.append(request)
+                request = coding.send(request.symbols)
+        except StopIteration as end:
+            y_hat = end.value / tables.MEAN_UNIT
+        slope = torch.zeros_like(y_hat)
+        for p, request in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
+            where = positions(*y.shape[2:], p.parity, y.device)
+            assert request.symbols is not None
+            slopes = gaussian_slope(request.symbols, request.tables).unflatten(1, (p.stop - p.start, -1))
+            as_rows(slope)[:, where, p.start : p.stop] = slopes.transpose(1, 2)
+        return y_hat, slope
 
     def _compand(self, latent: Tensor) -> Tensor:
         magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()

@@ -1,13 +1,12 @@
 """Latent refinement: gradient descent on the latent of one picture, at encode time; the bitstream stays as it is.
 
+For how a picture looks, whose gradient differs too much from place to place for `calotype.models.shaping`.
+
 The analysis transform maps every picture with the same weights; the latent that is best for one picture lies nearby.
 It is sought with soft rounding, whose temperature falls until the soft symbols are hard ones, after Campos et al.,
 "Content Adaptive Optimization for Neural Image Compression" (CVPR Workshops 2019) and Yang, Bamler & Mandt,
 "Improving Inference for Neural Image Compression" (NeurIPS 2020), but without their sampling: few steps are too few to
 average noise out. The hyper-latent is left alone: refining it too gained nothing.
-
-What a latent is best for is a matter of taste: for least squared error, or for how the picture looks
-(`calotype.models.distortion`).
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calotype.models.distortion import DISTORTIONS, Distortion
+from calotype.models.distortion import Distortion, looks
 from calotype.models.exact import restore
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.transforms import STRIDE
-from calotype.models.zoo import Tune
 
 
 @dataclass(frozen=True)
@@ -107,17 +105,15 @@ def refine(
     scene: Scene,
     y: Tensor,
     schedule: Schedule,
-    tune: Tune,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """A latent of a lower objective than `y` [1, M, H, W], or `y` itself if none was found.
 
     Args:
         network: of `differentiable`.
-        tune: what the network was trained for, and the latent is to be good for.
         progress: called with the fraction that is done.
     """
-    start, distortion = y, DISTORTIONS[tune](scene.pixels, scene.t)
+    start, distortion = y, looks(scene.pixels, scene.t)
     with torch.no_grad():
         before = scene.objective(network, start, distortion)
     with torch.enable_grad():

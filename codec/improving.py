@@ -1,0 +1,167 @@
+"""Better symbols for a picture than those next to its latent: what an encoder's effort buys. Files stay as they are.
+
+For least error, symbols are chosen so that their rounding errors cancel (`calotype.models.shaping`); for how a picture
+looks, the latent is refined by gradient descent (`calotype.models.refinement`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calotype import windows
+from calotype.errors import InputError
+from calotype.models import shaping
+from calotype.models.blocks import bfloat16_is_fast
+from calotype.models.hyperprior import Hyperprior
+from calotype.models.quantizers import QUALITY_STEPS
+from calotype.models.refinement import Scene, Schedule, differentiable, refine
+from calotype.models.transforms import STRIDE
+from calotype.models.zoo import Tune, layout
+from calotype.windows import Box, Progress, grid
+
+SHAPING: dict[int, shaping.Schedule] = {
+    5: shaping.Schedule(1, (0.75, 0.75), (0.016, 0.016)),
+    7: shaping.Schedule(6, (0.82, 0.92), (0.0105, 0.0048)),
+    9: shaping.Schedule(20, (0.85, 0.97), (0.009, 0.0018)),
+}
+"""How symbols of least error are chosen, by effort; at other efforts they are those next to the latent."""
+REFINEMENT: dict[int, Schedule] = {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.04, 3.0, 0.01)}
+"""How latents are refined for how pictures look, by effort; at other efforts they are those of the analysis."""
+WINDOW = 1024 // STRIDE
+"""Side of a window of shaping, in latent positions."""
+
+
+class Improved(NamedTuple):
+    """A latent [1, M, H, W] of a whole picture, and the hyper-latents [B, Z, h, w] of each group of its tiles.
+
+    These are of the latent before, and must be coded with it.
+    """
+
+    network: Hyperprior
+    latent: Tensor
+    hyper: list[Tensor]
+
+
+class Improver:
+    """Improves latents for one network on one device; for what the network was trained for. Holds no state."""
+
+    def __init__(self, network: Hyperprior, device: torch.device, tune: Tune) -> None:
+        self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
+        self.bf16 = device.type == "cuda" or bfloat16_is_fast(device)
+
+    def improve(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        latent: Tensor,
+        groups: Sequence[Sequence[Box]],
+        quality: int,
+        effort: int,
+        progress: Progress | None,
+    ) -> Improved | None:
+        """A better latent for pixels [H, W, C], or None if none is looked for. Raises InputError.
+
+        Args:
+            latent: of the whole picture, in quantisation steps.
+            groups: the tiles, as boxes of the latent; those of a group, which are alike in shape, are coded together.
+        """
+        if effort not in (SHAPING if self.tune == "psnr" else REFINEMENT):
+            return None
+        hyper = [self.network.hyper_analysis(windows.stack(latent, boxes, self.device)) for boxes in groups]
+        if self.tune == "psnr":
+            better = self._shape(pixels, latent, groups, hyper, quality, SHAPING[effort], progress)
+        else:
+            better = self._refine(pixels, latent, groups, hyper, quality, REFINEMENT[effort], progress)
+        return Improved(self.network, better, hyper)
+
+    # For least error --------------------------------------------------------------------------------------------------
+
+    def _shape(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        latent: Tensor,
+        groups: Sequence[Sequence[Box]],
+        hyper: Sequence[Tensor],
+        quality: int,
+        schedule: shaping.Schedule,
+        progress: Progress | None,
+    ) -> Tensor:
+        picture, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
+        integer = torch.tensor([quality], device=self.device)
+        t = integer.float() / QUALITY_STEPS
+        for step in range(schedule.steps):
+            report = windows.part(progress, step / schedule.steps, 1 / schedule.steps)
+            keep, rate = schedule.at(step)
+            rounded, moved = torch.empty_like(latent), torch.empty_like(latent)
+            for boxes, z in zip(groups, hyper, strict=True):
+                y = windows.stack(latent, boxes, self.device)
+                y_hat, slope = self.network.quantise(integer.expand(len(boxes)), z, y)
+                for box, decoded, cheap in zip(boxes, y_hat, shaping.cheaper(y, y_hat, slope, keep, rate), strict=True):
+                    rounded[(0, slice(None), *box.slices)] = decoded
+                    moved[(0, slice(None), *box.slices)] = cheap
+            parts = grid(whole, WINDOW)
+            for count, window in enumerate(parts, 1):
+                # Half the halo: what lies farther away hardly matters.
+                outer = window.grown(self.network.halo // 2, *whole.shape)
+                y_hat = rounded[(..., *outer.slices)].to(self.device).contiguous(memory_format=self.layout)
+                x = windows.load(pixels, outer.scaled(STRIDE).within(picture), self.device, self.layout)
+                pull = shaping.pull(self.network.synthesise, y_hat, x, t, bf16=self.bf16)
+                pull = pull[(..., *window.relative_to(outer).slices)].mul_(rate)
+                moved[(..., *window.slices)] -= pull.clamp_(-shaping.FARTHEST, shaping.FARTHEST).to(moved.device)
+                if report:
+                    report(count / len(parts))
+            latent = moved
+        return latent
+
+    # For how pictures look --------------------------------------------------------------------------------------------
+
+    def _refine(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        latent: Tensor,
+        groups: Sequence[Sequence[Box]],
+        hyper: Sequence[Tensor],
+        quality: int,
+        schedule: Schedule,
+        progress: Progress | None,
+    ) -> Tensor:
+        refined, done, share = torch.empty_like(latent), 0, 1 / sum(map(len, groups))
+        for boxes, zs in zip(groups, hyper, strict=True):
+            for box, z in zip(boxes, zs.split(1), strict=True):
+                scene = self._scene(pixels, latent, box, z, quality)
+                report = windows.part(progress, done * share, share)
+                y = windows.stack(latent, [box], self.device)
+                refined[(..., *box.slices)] = self._refine_tile(scene, y, schedule, report)
+                done += 1
+        return refined
+
+    def _scene(self, pixels: npt.NDArray[np.uint8], latent: Tensor, box: Box, z: Tensor, quality: int) -> Scene:
+        outer = box.grown(self.network.halo, *latent.shape[2:])
+        inner = box.relative_to(outer)
+        own = box.scaled(STRIDE).within(Box(0, 0, *pixels.shape[:2]))
+        around = latent[(..., *outer.slices)].to(self.device)
+        t = torch.tensor([quality / QUALITY_STEPS], device=self.device)
+        return Scene(windows.load(pixels, own, self.device, self.layout), around, inner.top, inner.left, z, t)
+
+    @functools.cached_property
+    def _differentiable(self) -> Hyperprior:
+        return differentiable(self.network).to(memory_format=self.layout)  # type: ignore[call-overload]
+
+    def _refine_tile(self, scene: Scene, y: Tensor, schedule: Schedule, progress: Progress | None) -> Tensor:
+        with torch.inference_mode(False):
+            # What was computed in inference mode has no place in a graph: copies have.
+            tensors = {name: getattr(scene, name).clone() for name in ("pixels", "around", "z", "t")}
+            scene = replace(scene, **tensors)
+            try:
+                return refine(self._differentiable, scene, y.clone(), schedule, progress)
+            except ImportError as error:
+                raise InputError(
+                    f"refinement for looks needs {error.name}: pip install 'calotype[eval]', or use effort 5"
+                ) from error

@@ -1,0 +1,76 @@
+"""Noise shaping: symbols of a picture whose rounding errors cancel in its pixels, chosen at encode time.
+
+The synthesis is not orthogonal, so errors of neighbouring latents add up in some pixels and cancel in others. Plain
+rounding does not look at them. Here the rounded latent is drawn, the gradient of the squared error leads back to the
+latent, and the latent moves against it, from somewhere between its own value and the rounded one; then it is rounded
+again. One such step does most of what tens of steps of gradient descent with soft rounding do
+(`calotype.models.refinement`), because it knows the errors that are really made. The bitstream stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calotype.models.distortion import squared_error
+
+BITS = 2 / 3
+"""Weight of a symbol's own bits against what is wrong with the picture; the best of those tried."""
+FARTHEST = 1.0
+"""Quantisation steps that a latent moves at most for the sake of the picture at a time."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often symbols are chosen anew, and how.
+
+    steps: gradients that are looked at.
+    keep: first and last share of what rounding did to a latent that is undone before the gradient moves it: 1 begins
+        at the latent, 0 at its symbol.
+    rate: first and last factor of the gradient, in (quantisation steps)^2 per bit.
+    """
+
+    steps: int
+    keep: tuple[float, float]
+    rate: tuple[float, float]
+
+    def at(self, step: int) -> tuple[float, float]:
+        """(keep, rate) of a step."""
+        part = step / max(1, self.steps - 1)
+        keep, rate = self.keep, self.rate
+        return keep[0] + (keep[1] - keep[0]) * part, rate[0] * (rate[1] / rate[0]) ** part
+
+
+def cheaper(y: Tensor, y_hat: Tensor, slope: Tensor, keep: float, rate: float) -> Tensor:
+    """The latent, on its way to its symbols, before it is moved for the sake of the picture; all [B, M, H, W].
+
+    Args:
+        y, y_hat: the latent, and as it is decoded, in quantisation steps.
+        slope: derivative of the bits of each symbol, in bits per quantisation step.
+    """
+    return torch.lerp(y_hat, y, keep).sub_(slope, alpha=rate * BITS)
+
+
+def pull(
+    synthesise: Callable[[Tensor, Tensor], Tensor], y_hat: Tensor, pixels: Tensor, t: Tensor, *, bf16: bool
+) -> Tensor:
+    """Gradient of the squared error, in bits per quantisation step, of a decoded latent [B, M, H, W].
+
+    Args:
+        synthesise: with frozen weights.
+        pixels: [B, 3, h, w] in [-0.5, 0.5], at most as large as what is drawn; what is drawn beyond does not count.
+        t: [B], quality in [0, 1].
+        bf16: whether to multiply in bfloat16, which is good enough here.
+    """
+    # What was computed in inference mode has no place in a graph: copies have.
+    with torch.inference_mode(False), torch.enable_grad():
+        y_hat, pixels, t = (v.clone() for v in (y_hat, pixels, t))
+        y_hat.requires_grad_()
+        with torch.autocast(y_hat.device.type, torch.bfloat16, enabled=bf16):
+            drawn = synthesise(y_hat, t)[..., : pixels.shape[2], : pixels.shape[3]]
+        wrong = squared_error(pixels, t)(drawn).sum()
+        (gradient,) = torch.autograd.grad(wrong, y_hat)
+    return gradient
