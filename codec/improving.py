@@ -28,7 +28,7 @@ from calotype.models.zoo import Tune, layout
 from calotype.windows import Box, Progress, grid
 
 SHAPING: dict[int, shaping.Schedule] = {
-    5: shaping.Schedule(1, (0.75, 0.75), (0.016, 0.016)),
+    5: shaping.ONCE,
     7: shaping.Schedule(6, (0.82, 0.92), (0.0105, 0.0048)),
     9: shaping.Schedule(20, (0.85, 0.97), (0.009, 0.0018)),
 }
@@ -112,9 +112,8 @@ class Improver:
                 outer = window.grown(self.network.halo // 2, *whole.shape)
                 y_hat = rounded[(..., *outer.slices)].to(self.device).contiguous(memory_format=self.layout)
                 x = windows.load(pixels, outer.scaled(STRIDE).within(picture), self.device, self.layout)
-                pull = shaping.pull(self.network.synthesise, y_hat, x, t, bf16=self.bf16)
-                pull = pull[(..., *window.relative_to(outer).slices)].mul_(rate)
-                moved[(..., *window.slices)] -= pull.clamp_(-shaping.FARTHEST, shaping.FARTHEST).to(moved.device)
+                pull = shaping.pull(self.network.synthesise, y_hat, x, t, rate, bf16=self.bf16)
+                moved[(..., *window.slices)] -= pull[(..., *window.relative_to(outer).slices)].to(moved.device)
                 if report:
                     report(count / len(parts))
             latent = moved

@@ -37,10 +37,16 @@ class Hyperprior(Transforms):
         """What the entropy coder needs to know."""
         return self.prior.tables
 
-    def forward(self, x: Tensor, t: Tensor) -> Rates:
-        """Rates and reconstruction, differentiable; `t` [B] is quality in [0, 1]."""
+    def forward(self, x: Tensor, t: Tensor, push: Tensor | None = None) -> Rates:
+        """Rates and reconstruction, differentiable.
+
+        Args:
+            t: [B], quality in [0, 1].
+            push: how far an encoder moves the latents (`calotype.models.shaping.push`), if it does.
+        """
         y = self.analyse(x, t)
         z = self.hyper_analysis(y)
+        y = y if push is None else y + push
         y_hat, y_bits, z_bits = self.prior(z, y, t)
         return Rates(self.synthesise(y_hat, t), y_bits, z_bits)
 

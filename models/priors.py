@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,18 @@ class Request(NamedTuple):
 
 
 Coding = Generator[Request, Tensor, Tensor]
+Result = TypeVar("Result")
+
+
+def drive(coding: Generator[Request, Tensor, Result], answer: Callable[[Request], Tensor]) -> Result:
+    """Run a coding to its end; `answer` gives the symbols of each request. Returns the coding's result."""
+    try:
+        request = next(coding)
+        while True:
+            request = coding.send(answer(request))
+    except StopIteration as end:
+        result: Result = end.value
+        return result
 
 
 class CodingTables(NamedTuple):
@@ -325,9 +337,7 @@ class Prior(nn.Module):
             y_bits = y.new_zeros(y.shape[0])
             for p, context in zip(self.passes, self.contexts, strict=True):
                 mask = checkerboard(y.shape[2], y.shape[3], p.parity, y.device)
-                known = y_hat[:, : p.stop if p.parity == 1 else p.start]
-                mean, index = context(features, tables.compand_ste(known), t)
-                mean = mean / tables.MEAN_UNIT
+                mean, index = _predicted(p, context, features, y_hat, t)
                 part = y[:, p.start : p.stop]
                 coded = index.detach() >= tables.SKIP
                 symbol = (torch.floor(part - mean + 0.5) * coded).detach()
@@ -343,6 +353,21 @@ class Prior(nn.Module):
                 filled = torch.where(mask, rounded, y_hat[:, p.start : p.stop])
                 y_hat = torch.cat([y_hat[:, : p.start], filled, y_hat[:, p.stop :]], 1)
             return y_hat, y_bits, z_bits
+
+    @torch.no_grad()
+    def rounded(self, z: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Before export: nearly what `quantise` of the exported prior gives; arguments as in `forward`."""
+        with torch.autocast(z.device.type, enabled=False):
+            z, y, t = z.float(), y.float(), torch.round(t * 64) / 64
+            features = self._features(self._rate_hyper(z, t, None)[0], t, *y.shape[2:])
+            y_hat, slope = torch.zeros_like(y), torch.zeros_like(y)
+            for p, context in zip(self.passes, self.contexts, strict=True):
+                mask, part = checkerboard(y.shape[2], y.shape[3], p.parity, y.device), slice(p.start, p.stop)
+                mean, index = _predicted(p, context, features, y_hat, t)
+                symbol = torch.floor(y[:, part] - mean + 0.5) * (index >= tables.SKIP)
+                y_hat[:, part] = torch.where(mask, mean + symbol, y_hat[:, part])
+                slope[:, part] = torch.where(mask, gaussian_slope(symbol, index), slope[:, part])
+            return y_hat, slope
 
     def _bits(self, offset: Tensor, symbol: Tensor, index: Tensor, coded: Tensor, mask: Tensor) -> Tensor:
         if self.training:
@@ -429,27 +454,31 @@ class Prior(nn.Module):
 
         The slope is that of the bits of each symbol alone, under its Gaussian, in bits per quantisation step.
         """
-        coding = self.code((y.shape[0], *y.shape[2:]), level, z, y)
-        asked = []
-        try:
-            request = next(coding)
-            while True:
-                assert request.symbols is not None
-                asked.append(request)
-                request = coding.send(request.symbols)
-        except StopIteration as end:
-            y_hat = end.value / tables.MEAN_UNIT
-        slope = torch.zeros_like(y_hat)
-        for p, request in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
-            where = positions(*y.shape[2:], p.parity, y.device)
+        asked: list[tuple[Tensor, Tensor]] = []
+
+        def answer(request: Request) -> Tensor:
             assert request.symbols is not None
-            slopes = gaussian_slope(request.symbols, request.tables).unflatten(1, (p.stop - p.start, -1))
+            asked.append((request.symbols, request.tables))
+            return request.symbols
+
+        y_hat = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
+        slope = torch.zeros_like(y_hat)
+        for p, (symbols, index) in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
+            where = positions(*y.shape[2:], p.parity, y.device)
+            slopes = gaussian_slope(symbols, index).unflatten(1, (p.stop - p.start, -1))
             as_rows(slope)[:, where, p.start : p.stop] = slopes.transpose(1, 2)
         return y_hat, slope
 
     def _compand(self, latent: Tensor) -> Tensor:
         magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()
         return self.compand.float().index_select(0, magnitude.flatten()).view_as(latent).mul_(latent.sign())
+
+
+def _predicted(p: Pass, context: nn.Module, features: Tensor, y_hat: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """In training: means in quantisation steps and table indices of a pass, from the latents decoded before it."""
+    known = y_hat[:, : p.stop if p.parity == 1 else p.start]
+    mean, index = context(features, tables.compand_ste(known), t)
+    return mean / tables.MEAN_UNIT, index
 
 
 def _code_part(target: Tensor | None, mean: Tensor, index: Tensor, unit: int) -> Generator[Request, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from video_clips import make_clip, pan
 from calotype import container
 from calotype.api import Codec
 from calotype.media import Picture
-from calotype.models import tables, zoo
+from calotype.models import shaping, tables, zoo
 from calotype.models.distortion import Distortion, looks, squared_error
 from calotype.models.exact import LIMIT, IntConv, QuantConv, integerise
 from calotype.models.hyperprior import Hyperprior
@@ -233,6 +233,27 @@ def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp
     assert whole.name == "visual.safetensors"
     with pytest.raises(ValueError, match="start_from"):
         Trainer(recipe(photos_folder, tmp_path / "b", "stage=visual"), CPU, resume=False)
+
+
+def test_latents_are_shaped_in_training_from_a_step_on(
+    photos_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    push = shaping.push
+    monkeypatch.setattr(shaping, "push", lambda *args, **named: seen.append(push(*args, **named)) or seen[-1])
+    made = recipe(photos_folder, tmp_path, "shaped_from=1")
+    trainer = Trainer(made, CPU, resume=False)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.run()
+    assert len(seen) == made.steps - 1
+    assert all(shape.abs().max() > 0 for shape in seen)
+    assert sum(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()) > 0.9 * len(before)
+    with pytest.raises(ValueError, match="shaped_from"):
+        Trainer(recipe(photos_folder, tmp_path / "b", "model=mixture", "shaped_from=1"), CPU, resume=False)
+    with pytest.raises(ValueError, match="second synthesis"):
+        Trainer(
+            recipe(photos_folder, tmp_path / "c", "model=mixture", "stage=visual", "start_from=x"), CPU, resume=False
+        )
 
 
 @pytest.mark.parametrize(("model", "distortion"), [("hyperprior", squared_error), ("visual", looks)])
@@ -444,7 +465,7 @@ def test_tables_are_fitted_to_photographs(codec: Codec, photos_folder: Path, mon
         return sum(len(fitted.encode(picture, quality=quality).data) for quality in (10, 35, 60, 85))
 
     before = size()
-    photos.fit_image_prior(network, photos_folder)
+    photos.fit_image_prior(network, photos_folder, shaped=True)
     assert size() < 0.99 * before
 
 
@@ -592,5 +613,5 @@ def test_training_and_coding_estimate_the_same_rate(codec: Codec, photo: Picture
         with torch.no_grad():
             out = network(x, torch.tensor([quality / 100]))
         estimated = float(out.latent_bits + out.hyper_bits)
-        data = codec.encode(crop, quality=quality).data
+        data = codec.encode(crop, quality=quality, effort=3).data
         assert (len(data) - 61) * 8 == pytest.approx(estimated, rel=0.01)

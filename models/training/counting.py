@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from calotype.models.priors import Request
-
-Result = TypeVar("Result")
+from calotype.models.priors import Request, Result, drive
 
 
 class SymbolCounts:
@@ -22,15 +19,13 @@ class SymbolCounts:
 
     def of(self, coding: Generator[Request, Tensor, Result]) -> Result:
         """Drive an encoding to its end, counting what it asks to be coded under these tables; its result."""
-        try:
-            request = next(coding)
-            while True:
-                assert request.symbols is not None
-                self._add(request.tables.flatten().long() - self.first, request.symbols.flatten().long())
-                request = coding.send(request.symbols)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+
+        def answer(request: Request) -> Tensor:
+            assert request.symbols is not None
+            self._add(request.tables.flatten().long() - self.first, request.symbols.flatten().long())
+            return request.symbols
+
+        return drive(coding, answer)
 
     def _add(self, numbers: Tensor, symbols: Tensor) -> None:
         for number in numbers.unique().tolist():

@@ -71,7 +71,7 @@ def export_weights(
             raise ValueError(f"the codebooks of {name} are fitted at the end: give a folder of photographs (--photos)")
         codebooks.fit(network, photos)
     if isinstance(network, Hyperprior) and photos is not None:
-        fit_image_prior(network.eval(), photos)
+        fit_image_prior(network.eval(), photos, shaped=trained_for == "psnr")
     if isinstance(network, Video) and clips is not None:
         fit_prior(network.eval(), key_frame_model(zoo.describe(name)), clips)
     if keep is not None:

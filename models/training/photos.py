@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calotype.models import tables
+from calotype.models import shaping, tables
 from calotype.models.distortion import DISTORTIONS
 from calotype.models.exact import integerise
 from calotype.models.hyperprior import Hyperprior
@@ -60,10 +60,10 @@ def validate(
 
 
 @torch.no_grad()
-def fit_image_prior(model: Hyperprior, folder: Path) -> None:
+def fit_image_prior(model: Hyperprior, folder: Path, *, shaped: bool) -> None:
     """Put what is coded of crops of the photographs below `folder` in place of the Gaussians of `model.prior`.
 
-    The crops' qualities fill their range evenly.
+    The crops' qualities fill their range evenly. `shaped` is whether an encoder shapes the latents (`models.shaping`).
     """
     network = integerise(model)
     counts = SymbolCounts(model.tables.half_widths, 0)
@@ -71,30 +71,48 @@ def fit_image_prior(model: Hyperprior, folder: Path) -> None:
     for number in range(FITTED_CROPS):
         x = next(crops).float() / 255 - 0.5
         quality = torch.tensor([QUALITY_STEPS * (2 * number + 1) // (2 * FITTED_CROPS)])
-        y = network.analyse(x, quality.float() / QUALITY_STEPS)
-        counts.of(network.code((1, *y.shape[2:]), quality, y))
+        t = quality.float() / QUALITY_STEPS
+        y = network.analyse(x, t)
+        z = network.hyper_analysis(y)
+        if shaped:
+            keep, rate = shaping.ONCE.at(0)
+            y_hat, slope = network.quantise(quality, z, y)
+            y = shaping.cheaper(y, y_hat, slope, keep, rate)
+            y -= shaping.pull(network.synthesise, y_hat, x, t, rate, bf16=False)
+        counts.of(network.code((1, *y.shape[2:]), quality, y, z))
     model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))
 
 
 class PhotoTask(Task):
     """Photographs for `hyperprior` and its like, for least error or for how pictures look. See `tasks.Task`."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
-        self.recipe, self.device = recipe, device
+    def __init__(self, recipe: Recipe, device: torch.device, seed: int, step: int) -> None:
+        self.recipe, self.device, self.step = recipe, device, step
         spec = describe(recipe.model)
         self.distortion = DISTORTIONS[spec.tune]
         self.model: nn.Module = architecture(spec.architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if recipe.shaped_from is not None and not isinstance(self.model, Hyperprior):
+            raise ValueError("only latents of hyperprior are shaped: leave out shaped_from")
         if recipe.start_from is not None:
             load_parameters(self.model, recipe.start_from)
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
         self.photos = validation_photos(recipe)
 
+    @property
+    def phase(self) -> int:
+        return int(self.recipe.shaped_from is not None and self.step > self.recipe.shaped_from)
+
     def losses(self, forward: Forward) -> Losses:
         r = self.recipe
+        self.step += 1
         x = next(self.crops).float() / 255 - 0.5
         t = spread_qualities(r.batch, self.device)
+        # Beside the network that learns, so that this may be compiled, or wrapped for several devices.
+        push = None
+        if self.phase and isinstance(self.model, Hyperprior):
+            push = shaping.push(self.model, x, t, bf16=r.bf16)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
-            out = forward(x, t)
+            out = forward(x, t) if push is None else forward(x, t, push)
             worse = self.distortion(x, t)(out.x_hat) / r.crop**2
         bpp = (out.latent_bits + out.hyper_bits) / r.crop**2
         mse = (out.x_hat.detach() - x).square().mean()

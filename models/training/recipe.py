@@ -54,6 +54,8 @@ class Recipe(BaseModel):
     """Of the token model: `synthesis`, what draws pictures, alone; `tokens`, after its transforms and codebooks, its
     prior and the restoration of lost tokens. `visual`, of the image model: after all of it, a second synthesis, for how
     pictures look."""
+    shaped_from: int | None = Field(None, ge=0)
+    """Step from which the model `hyperprior` is trained on latents as an encoder shapes them; a third more a step."""
     features_from: int = Field(0, ge=0)
     """Step from which the token model is trained for features of pictures, too, and not for absolute error alone."""
     feature_weight: float = Field(0.05, ge=0)

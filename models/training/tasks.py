@@ -82,4 +82,4 @@ def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Tas
         return TokenTask(recipe, device, seed) if recipe.stage == "tokens" else PictureTask(recipe, device, seed, step)
     if recipe.stage == "visual":
         return VisualTask(recipe, device, seed, step)
-    return ClipTask(recipe, device, seed) if recipe.model == "video" else PhotoTask(recipe, device, seed)
+    return ClipTask(recipe, device, seed) if recipe.model == "video" else PhotoTask(recipe, device, seed, step)

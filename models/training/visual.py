@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import torch
 from torch import Tensor, nn
 
-from calotype.models import perceptual, structure
+from calotype.models import perceptual, shaping, structure
+from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops, random_part
 from calotype.models.training.photos import spread_qualities, validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
-from calotype.models.zoo import SYNTHESIS, architecture, describe, load_parameters
+from calotype.models.zoo import SYNTHESIS, describe, load_parameters
 
 
 class VisualTask(Task):
@@ -26,10 +28,12 @@ class VisualTask(Task):
     def __init__(self, recipe: Recipe, device: torch.device, seed: int, step: int) -> None:
         if recipe.start_from is None:
             raise ValueError("a second synthesis needs finished weights: set start_from")
+        if describe(recipe.model).architecture != "hyperprior":
+            raise ValueError(f"the model {recipe.model} has no second synthesis: only hyperprior has one")
         self.recipe, self.device, self.step = recipe, device, step
-        spec = describe(recipe.model)
-        self.model: nn.Module = architecture(spec.architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        load_parameters(self.model, recipe.start_from)
+        self.encoder = Hyperprior().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        load_parameters(self.encoder, recipe.start_from)
+        self.model: nn.Module = copy.deepcopy(self.encoder)  # its latents are shaped for the synthesis of least error
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(SYNTHESIS))
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
@@ -48,8 +52,9 @@ class VisualTask(Task):
         x = next(self.crops).float() / 255 - 0.5
         t = spread_qualities(r.batch, self.device)
         self.model.eval()  # rates are not trained, and latents are rounded as in coding
+        push = shaping.push(self.encoder, x, t, bf16=r.bf16)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
-            out = forward(x, t)
+            out = forward(x, t, push)
         look = random_part(self.random, r.crop, r.look)
         # The losses are driven back as far as the picture here, so that the discriminator can be weighed against them.
         drawn = out.x_hat.detach().float().requires_grad_()

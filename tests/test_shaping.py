@@ -1,0 +1,121 @@
+"""Noise shaping: what an encoder does to latents, and training to those of an encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from calotype.api import Codec
+from calotype.improving import Improver
+from calotype.media import Picture
+from calotype.models import shaping, zoo
+from calotype.models.hyperprior import Hyperprior
+from calotype.models.priors import Request, drive, gaussian_bits, gaussian_slope
+from calotype.models.shaping import Schedule
+from calotype.windows import Box
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network(codec: Codec) -> Hyperprior:
+    assert isinstance(codec.coder.network, Hyperprior)
+    return codec.coder.network
+
+
+@pytest.fixture(scope="module")
+def face(photo: Picture) -> Picture:
+    return Picture(np.ascontiguousarray(photo.pixels[20:212, 80:272]))
+
+
+def _tensor(picture: Picture) -> Tensor:
+    return torch.from_numpy(picture.pixels.copy()).permute(2, 0, 1)[None].float() / 255 - 0.5
+
+
+def objective(codec: Codec, picture: Picture, quality: float, effort: int) -> float:
+    """bpp + λ · 255² · MSE of a real file, decoded again."""
+    made = codec.encode(picture, quality=quality, effort=effort)
+    shown = codec.decode(made.data).picture.pixels.astype(float) - picture.pixels
+    weight = 0.0003 * 800 ** (quality / 100)
+    return made.bpp + weight * float(np.square(shown).mean())
+
+
+def test_slope_is_the_derivative_of_the_bits() -> None:
+    symbols = torch.tensor([[-30, -3, -1, 0, 0, 1, 2, 7, 60]])
+    index = torch.tensor([[60, 30, 20, 5, 63, 22, 40, 33, 50]])
+    step = 1e-2
+    ahead, behind = (gaussian_bits(symbols + side * step, index.float()).double() for side in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    assert gaussian_slope(symbols, index).numpy() == pytest.approx(expected.numpy(), rel=0.02, abs=0.02)
+    assert gaussian_slope(symbols, index)[0, 3:5].tolist() == [0, 0]
+
+
+def test_quantising_gives_what_is_decoded(network: Hyperprior, face: Picture) -> None:
+    quality = torch.tensor([550])
+    with torch.inference_mode():
+        y = network.analyse(_tensor(face), quality / 1000)
+        z = network.hyper_analysis(y)
+        y_hat, slope = network.quantise(quality, z, y)
+        asked: list[Tensor] = []
+
+        def answer(request: Request) -> Tensor:
+            assert request.symbols is not None
+            asked.append(request.symbols)
+            return request.symbols
+
+        decoded = drive(network.code((1, *y.shape[2:]), quality, y, z), answer)
+    assert torch.equal(y_hat, network.dequantise(decoded))
+    # Of the last slice: a slope where there is a symbol that is not zero.
+    assert (slope[:, network.prior.passes[-1].start :] != 0).sum() == (asked[-1] != 0).sum() > 0
+
+
+def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyperprior, face: Picture) -> None:
+    """The float network of training and the exported one, by the shipped weights of both forms."""
+    trained = Hyperprior()
+    zoo.load_parameters(trained, codec.spec.weights)
+    x, t = _tensor(face), torch.tensor([0.6])
+    with torch.no_grad():
+        y = trained.analyse(x, t)
+        pushed = y + shaping.push(trained.eval(), x, t, bf16=False)
+    whole = Box(0, 0, *y.shape[2:])
+    with torch.inference_mode():
+        better = Improver(network, CPU, "psnr").improve(face.pixels, y, [[whole]], 600, 5, None)
+    assert better is not None
+    moved, push = better.latent - y, pushed - y
+    assert moved.abs().mean() > 0.01
+    # Means that differ by a few 64ths move all symbols a little, and some to the next integer.
+    assert torch.cosine_similarity(push.flatten(), moved.flatten(), 0) > 0.85
+    assert push.norm().item() == pytest.approx(moved.norm().item(), rel=0.05)
+    assert not (pushed - y).requires_grad
+
+
+def test_a_schedule_goes_from_its_first_values_to_its_last() -> None:
+    schedule = Schedule(3, (0.8, 0.9), (0.01, 0.0025))
+    assert schedule.at(0) == (0.8, 0.01)
+    assert schedule.at(1) == pytest.approx((0.85, 0.005))
+    assert schedule.at(2) == pytest.approx((0.9, 0.0025))
+    assert Schedule(1, (0.7, 0.7), (0.01, 0.01)).at(0) == (0.7, 0.01)
+
+
+def test_no_picture_pulls_a_latent_far(network: Hyperprior) -> None:
+    pixels = torch.ones(1, 3, 64, 64) * 0.5
+    y_hat = torch.full((1, network.latent_channels, 4, 4), -100.0)
+    pull = shaping.pull(network.synthesise, y_hat, pixels, torch.tensor([1.0]), 1.0, bf16=False)
+    assert pull.abs().max() == shaping.FARTHEST
+
+
+@pytest.mark.parametrize("quality", [5, 60, 95])
+@pytest.mark.parametrize("kind", ["noise", "checks", "flat", "edge"])
+def test_unusual_pictures_are_not_harmed(codec: Codec, kind: str, quality: float) -> None:
+    random = np.random.default_rng(1)
+    pixels = {
+        "noise": random.integers(0, 256, (96, 96, 3), np.uint8),
+        "checks": np.tile(np.indices((96, 96)).sum(0)[..., None] % 2 * 255, (1, 1, 3)).astype(np.uint8),
+        "flat": np.full((96, 96, 3), 200, np.uint8),
+        "edge": np.repeat(np.arange(96) > 41, 288).reshape(96, 96, 3).astype(np.uint8) * 255,
+    }[kind]
+    plain, shaped, most = (objective(codec, Picture(pixels), quality, effort) for effort in (3, 5, 9))
+    assert shaped < 1.02 * plain
+    assert most < 1.02 * plain
