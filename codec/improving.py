@@ -29,8 +29,8 @@ from calotype.windows import Box, Progress, grid
 
 SHAPING: dict[int, shaping.Schedule] = {
     5: shaping.ONCE,
-    7: shaping.Schedule(6, (0.82, 0.92), (0.0105, 0.0048)),
-    9: shaping.Schedule(20, (0.85, 0.97), (0.009, 0.0018)),
+    7: shaping.Schedule(6, (0.78, 0.9), (0.0135, 0.006)),
+    9: shaping.Schedule(20, (0.82, 0.92), (0.012, 0.0045), contexts=True),
 }
 """How symbols of least error are chosen, by effort; at other efforts they are those next to the latent."""
 REFINEMENT: dict[int, Schedule] = {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.04, 3.0, 0.01)}
@@ -81,6 +81,10 @@ class Improver:
             better = self._refine(pixels, latent, groups, hyper, quality, REFINEMENT[effort], progress)
         return Improved(self.network, better, hyper)
 
+    @functools.cached_property
+    def _differentiable(self) -> Hyperprior:
+        return differentiable(self.network).to(memory_format=self.layout)  # type: ignore[call-overload]
+
     # For least error --------------------------------------------------------------------------------------------------
 
     def _shape(
@@ -103,6 +107,8 @@ class Improver:
             for boxes, z in zip(groups, hyper, strict=True):
                 y = windows.stack(latent, boxes, self.device)
                 y_hat, slope = self.network.quantise(integer.expand(len(boxes)), z, y)
+                if schedule.contexts:
+                    slope += self._differentiable.prior.context_slope(z, y_hat, t.expand(len(boxes)))
                 for box, decoded, cheap in zip(boxes, y_hat, shaping.cheaper(y, y_hat, slope, keep, rate), strict=True):
                     rounded[(0, slice(None), *box.slices)] = decoded
                     moved[(0, slice(None), *box.slices)] = cheap
@@ -148,10 +154,6 @@ class Improver:
         around = latent[(..., *outer.slices)].to(self.device)
         t = torch.tensor([quality / QUALITY_STEPS], device=self.device)
         return Scene(windows.load(pixels, own, self.device, self.layout), around, inner.top, inner.left, z, t)
-
-    @functools.cached_property
-    def _differentiable(self) -> Hyperprior:
-        return differentiable(self.network).to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def _refine_tile(self, scene: Scene, y: Tensor, schedule: Schedule, progress: Progress | None) -> Tensor:
         with torch.inference_mode(False):

@@ -369,6 +369,25 @@ class Prior(nn.Module):
                 slope[:, part] = torch.where(mask, gaussian_slope(symbol, index), slope[:, part])
             return y_hat, slope
 
+    def context_slope(self, z: Tensor, y_hat: Tensor, t: Tensor) -> Tensor:
+        """Before export: derivative, by each decoded latent, of the bits of those that are predicted from it.
+
+        Bits per quantisation step, [B, M, H, W]; rounding in the networks is passed straight through. Arguments as in
+        `forward`.
+        """
+        with torch.inference_mode(False), torch.autocast(z.device.type, enabled=False), torch.enable_grad():
+            z, known, t = z.clone(), y_hat.clone().requires_grad_(), torch.round(t * 64) / 64
+            height, width = y_hat.shape[2:]
+            features = self._features(self._rate_hyper(z, t, None)[0], t, height, width)
+            bits = known.new_zeros(())
+            for p, context in zip(self.passes, self.contexts, strict=True):
+                mask, part = checkerboard(height, width, p.parity, y_hat.device), slice(p.start, p.stop)
+                other = torch.where(mask, 0, known[:, part])  # of the slice itself the other colour is known
+                mean, index = _predicted(p, context, features, torch.cat([known[:, : p.start], other], 1), t)
+                offset = known[:, part].detach() - mean
+                bits = bits + (gaussian_bits(offset, index) * (index >= tables.SKIP) * mask).sum()
+            return torch.autograd.grad(bits, known)[0]
+
     def _bits(self, offset: Tensor, symbol: Tensor, index: Tensor, coded: Tensor, mask: Tensor) -> Tensor:
         if self.training:
             bits = gaussian_bits(offset + torch.rand_like(offset) - 0.5, index)

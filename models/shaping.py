@@ -37,11 +37,13 @@ class Schedule:
     keep: first and last share of what rounding did to a latent that is undone before the gradient moves it: 1 begins
         at the latent, 0 at its symbol.
     rate: first and last factor of the gradient, in (quantisation steps)^2 per bit.
+    contexts: whether the bits of symbols that are predicted from a symbol count, too.
     """
 
     steps: int
     keep: tuple[float, float]
     rate: tuple[float, float]
+    contexts: bool = False
 
     def at(self, step: int) -> tuple[float, float]:
         """(keep, rate) of a step."""
