@@ -69,7 +69,7 @@ class Improver:
         """A better latent for pixels [H, W, C], or None if none is looked for. Raises InputError.
 
         Args:
-            latent: of the whole picture, in quantisation steps.
+            latent: of the whole picture, in quantisation steps; may be overwritten.
             groups: the tiles, as boxes of the latent; those of a group, which are alike in shape, are coded together.
         """
         if effort not in (SHAPING if self.tune == "psnr" else REFINEMENT):
@@ -103,7 +103,7 @@ class Improver:
         for step in range(schedule.steps):
             report = windows.part(progress, step / schedule.steps, 1 / schedule.steps)
             keep, rate = schedule.at(step)
-            rounded, moved = torch.empty_like(latent), torch.empty_like(latent)
+            rounded = torch.empty_like(latent)
             for boxes, z in zip(groups, hyper, strict=True):
                 y = windows.stack(latent, boxes, self.device)
                 y_hat, slope = self.network.quantise(integer.expand(len(boxes)), z, y)
@@ -111,7 +111,7 @@ class Improver:
                     slope += self._differentiable.prior.context_slope(z, y_hat, t.expand(len(boxes)))
                 for box, decoded, cheap in zip(boxes, y_hat, shaping.cheaper(y, y_hat, slope, keep, rate), strict=True):
                     rounded[(0, slice(None), *box.slices)] = decoded
-                    moved[(0, slice(None), *box.slices)] = cheap
+                    latent[(0, slice(None), *box.slices)] = cheap
             parts = grid(whole, WINDOW)
             for count, window in enumerate(parts, 1):
                 # Half the halo: what lies farther away hardly matters.
@@ -119,10 +119,9 @@ class Improver:
                 y_hat = rounded[(..., *outer.slices)].to(self.device).contiguous(memory_format=self.layout)
                 x = windows.load(pixels, outer.scaled(STRIDE).within(picture), self.device, self.layout)
                 pull = shaping.pull(self.network.synthesise, y_hat, x, t, rate, bf16=self.bf16)
-                moved[(..., *window.slices)] -= pull[(..., *window.relative_to(outer).slices)].to(moved.device)
+                latent[(..., *window.slices)] -= pull[(..., *window.relative_to(outer).slices)].to(latent.device)
                 if report:
                     report(count / len(parts))
-            latent = moved
         return latent
 
     # For how pictures look --------------------------------------------------------------------------------------------

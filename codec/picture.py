@@ -111,16 +111,24 @@ class PictureCoder:
     """Codes pictures with one network on one device. Holds no state between calls; safe to share between threads.
 
     Args:
-        tune: what the network was trained for; latents are refined for the same.
+        tune: what the network was trained for; latents are improved for the same.
+        encoder: the network whose synthesis latents are improved for, if it is not the one that draws.
         batch: equal tiles that are coded together; the bytes do not depend on it.
     """
 
     def __init__(
-        self, network: StillModel, device: torch.device, *, tune: Tune = "psnr", batch: int | None = None
+        self,
+        network: StillModel,
+        device: torch.device,
+        *,
+        tune: Tune = "psnr",
+        encoder: StillModel | None = None,
+        batch: int | None = None,
     ) -> None:
         self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
         self.transforms = network.economical() if bfloat16_is_fast(device) else network
-        self._improver = Improver(network, device, tune) if isinstance(network, Hyperprior) else None
+        encoder = encoder or network
+        self._improver = Improver(encoder, device, tune) if isinstance(encoder, Hyperprior) else None
         self.batch = batch or (8 if device.type == "cuda" else 1)
         frequencies, half_widths, skip, escapes = network.tables
         self.tables = SymbolTables(frequencies.cpu().numpy(), half_widths, skip, escapes=escapes)

@@ -144,6 +144,10 @@ def test_tiles_too_small_to_look_at_are_refined_for_squared_error(photo: Picture
     assert Codec.load().decode(made).picture.pixels.shape == (40, 96, 3)
 
 
+def test_files_do_not_depend_on_how_they_are_drawn(codec: Codec, fur: Picture) -> None:
+    assert Codec.load(device="cpu", tune="visual").encode(fur).data == Codec.load(device="cpu").encode(fur).data
+
+
 def test_a_tune_stands_for_a_model(tmp_path: Path, fur: Picture) -> None:
     assert encode(fur, tune="visual", quality=35) == encode(fur, model="visual", quality=35)
     assert encode(fur, tune="psnr", quality=35) == encode(fur, quality=35)

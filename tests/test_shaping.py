@@ -81,7 +81,7 @@ def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyper
         pushed = y + shaping.push(trained.eval(), x, t, bf16=False)
     whole = Box(0, 0, *y.shape[2:])
     with torch.inference_mode():
-        better = Improver(network, CPU, "psnr").improve(face.pixels, y, [[whole]], 600, 5, None)
+        better = Improver(network, CPU, "psnr").improve(face.pixels, y.clone(), [[whole]], 600, 5, None)
     assert better is not None
     moved, push = better.latent - y, pushed - y
     assert moved.abs().mean() > 0.01
