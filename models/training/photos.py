@@ -40,16 +40,23 @@ def spread_qualities(batch: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, photos: Sequence[Tensor], device: torch.device, score: Callable[..., Tensor]
+    model: nn.Module,
+    photos: Sequence[Tensor],
+    device: torch.device,
+    score: Callable[..., Tensor],
+    encoder: Hyperprior | None = None,
 ) -> Validation:
-    """Estimated rate and 8-bit PSNR by quality; the loss is the mean of `score` of (x, decoded, bpp [1], t [1])."""
+    """Estimated rate and 8-bit PSNR by quality; the loss is the mean of `score` of (x, decoded, bpp [1], t [1]).
+
+    Latents are shaped for `encoder`, if there is one.
+    """
     points, losses = [], []
     for quality in VALIDATION_QUALITIES:
         t = torch.tensor([quality], device=device)
         rates, psnrs = [], []
         for photo in photos:
             x = photo.to(device)
-            out = model(x, t)
+            out = model(x, t) if encoder is None else model(x, t, shaping.push(encoder, x, t, bf16=False))
             drawn = torch.round((out.x_hat.clamp(-0.5, 0.5) + 0.5) * 255) / 255 - 0.5
             bpp = (out.latent_bits + out.hyper_bits) / (x.shape[2] * x.shape[3])
             rates.append(bpp.item())
@@ -108,9 +115,8 @@ class PhotoTask(Task):
         x = next(self.crops).float() / 255 - 0.5
         t = spread_qualities(r.batch, self.device)
         # Beside the network that learns, so that this may be compiled, or wrapped for several devices.
-        push = None
-        if self.phase and isinstance(self.model, Hyperprior):
-            push = shaping.push(self.model, x, t, bf16=r.bf16)
+        encoder = self._encoder()
+        push = None if encoder is None else shaping.push(encoder, x, t, bf16=r.bf16)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=r.bf16):
             out = forward(x, t) if push is None else forward(x, t, push)
             worse = self.distortion(x, t)(out.x_hat) / r.crop**2
@@ -125,4 +131,8 @@ class PhotoTask(Task):
             worse = self.distortion(x, t)(drawn) / (x.shape[2] * x.shape[3])
             return evened(bpp + worse, t, self.recipe.rate_weighting)
 
-        return validate(self.model, self.photos, self.device, score)
+        return validate(self.model, self.photos, self.device, score, self._encoder())
+
+    def _encoder(self) -> Hyperprior | None:
+        """What latents are shaped for, if they are."""
+        return self.model if self.phase and isinstance(self.model, Hyperprior) else None

@@ -85,4 +85,4 @@ class VisualTask(Task):
             built = structure.distance(structure.scales(x), structure.scales(drawn))
             return r.feature_weight * seen + r.structure_weight * built
 
-        return validate(self.model, self.photos, self.device, score)
+        return validate(self.model, self.photos, self.device, score, self.encoder)
