@@ -370,7 +370,7 @@ def test_unknown_tunes_are_refused(model: str, tune: Any) -> None:
 def test_bfloat16_moves_no_pixel_by_more_than_one(model: str, photo: Picture, quality: float) -> None:
     codec = Codec.load(model, device="cpu")
     assert isinstance(codec.coder, PictureCoder)
-    plain = Codec(PictureCoder(codec.coder.network, codec.coder.device), codec.spec)
+    plain = Codec(PictureCoder(codec.coder.network, codec.coder.device, tune=codec.spec.tune), codec.spec)
     assert isinstance(plain.coder, PictureCoder)
     plain.coder.transforms = plain.coder.network
     data = codec.encode(photo, quality=quality).data
