@@ -149,7 +149,7 @@ def complexity(network: Hyperprior, side: int = 512) -> dict[str, float]:
         with FlopCounterMode(display=False) as synthesis:
             network.synthesise(y_hat, t)
         with FlopCounterMode(display=False) as gradient:
-            shaping.pull(network.synthesise, y_hat, torch.zeros(1, 3, side, side), t, bf16=False)
+            shaping.pull(network.synthesise, y_hat, torch.zeros(1, 3, side, side), t, 1.0, bf16=False)
     for hook in hooks:
         hook.remove()
     per_pixel = 1 / side**2 / 1000
