@@ -245,7 +245,8 @@ def test_latents_are_shaped_in_training_from_a_step_on(
     trainer = Trainer(made, CPU, resume=False)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.run()
-    assert len(seen) == made.steps - 1
+    assert sum(len(shape) == made.batch for shape in seen) == made.steps - 1
+    assert any(len(shape) == 1 for shape in seen)  # photographs of the validation
     assert all(shape.abs().max() > 0 for shape in seen)
     assert sum(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()) > 0.9 * len(before)
     with pytest.raises(ValueError, match="shaped_from"):
