@@ -35,6 +35,7 @@ from calotype.media import Picture, read_picture, write_picture
 from calotype.models import shaping
 from calotype.models.exact import IntConv
 from calotype.models.hyperprior import Hyperprior
+from calotype.models.priors import drive, own_symbols
 
 FAST = 3
 """Effort of the plain encoder."""
@@ -137,14 +138,7 @@ def complexity(network: Hyperprior, side: int = 512) -> dict[str, float]:
         with FlopCounterMode(display=False) as analysis:
             y = network.analyse(torch.zeros(1, 3, side, side), t)
             network.hyper_analysis(y)
-        coding = network.code((1, side // 16, side // 16), torch.tensor([500]), y)
-        request = next(coding)
-        try:
-            while True:
-                assert request.symbols is not None
-                request = coding.send(request.symbols)
-        except StopIteration as stop:
-            latent = stop.value
+        latent = drive(network.code((1, side // 16, side // 16), torch.tensor([500]), y), own_symbols)
         y_hat = network.dequantise(latent)
         with FlopCounterMode(display=False) as synthesis:
             network.synthesise(y_hat, t)

@@ -125,13 +125,14 @@ def _coder(name: str, device: str, tune: zoo.Tune | None) -> PictureCoder | Toke
     chosen = pick_device(device)
     try:
         network = zoo.load(name, str(chosen), tune)
-        encoder = network if tune is None else zoo.load(name, str(chosen), None)
     except zoo.WeightsError as error:
         raise ModelNotFoundError(str(error)) from error
     if isinstance(network, Vqgan):
         return TokenCoder(network, chosen)
-    if not isinstance(network, StillModel) or not isinstance(encoder, StillModel):
+    if not isinstance(network, StillModel):
         raise ModelNotFoundError(f"model {name!r} does not code still pictures")
+    # A second synthesis draws, but files don't depend on it.
+    encoder = None if tune is None else functools.partial(zoo.load, name, str(chosen), None)
     return PictureCoder(network, chosen, tune=zoo.describe(name).tune, encoder=encoder)
 
 

@@ -50,6 +50,16 @@ class Improved(NamedTuple):
     hyper: list[Tensor]
 
 
+class _Picture(NamedTuple):
+    """Pixels [H, W, C], their latent, the tiles of each group, their hyper-latents, and the quality as an integer."""
+
+    pixels: npt.NDArray[np.uint8]
+    latent: Tensor
+    groups: Sequence[Sequence[Box]]
+    hyper: list[Tensor]
+    quality: int
+
+
 class Improver:
     """Improves latents for one network on one device; for what the network was trained for. Holds no state."""
 
@@ -75,10 +85,11 @@ class Improver:
         if effort not in (SHAPING if self.tune == "psnr" else REFINEMENT):
             return None
         hyper = [self.network.hyper_analysis(windows.stack(latent, boxes, self.device)) for boxes in groups]
+        picture = _Picture(pixels, latent, groups, hyper, quality)
         if self.tune == "psnr":
-            better = self._shape(pixels, latent, groups, hyper, quality, SHAPING[effort], progress)
+            better = self._shape(picture, SHAPING[effort], progress)
         else:
-            better = self._refine(pixels, latent, groups, hyper, quality, REFINEMENT[effort], progress)
+            better = self._refine(picture, REFINEMENT[effort], progress)
         return Improved(self.network, better, hyper)
 
     @functools.cached_property
@@ -87,17 +98,9 @@ class Improver:
 
     # For least error --------------------------------------------------------------------------------------------------
 
-    def _shape(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        latent: Tensor,
-        groups: Sequence[Sequence[Box]],
-        hyper: Sequence[Tensor],
-        quality: int,
-        schedule: shaping.Schedule,
-        progress: Progress | None,
-    ) -> Tensor:
-        picture, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
+    def _shape(self, picture: _Picture, schedule: shaping.Schedule, progress: Progress | None) -> Tensor:
+        pixels, latent, groups, hyper, quality = picture
+        seen, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
         integer = torch.tensor([quality], device=self.device)
         t = integer.float() / QUALITY_STEPS
         for step in range(schedule.steps):
@@ -117,7 +120,7 @@ class Improver:
                 # Half the halo: what lies farther away hardly matters.
                 outer = window.grown(self.network.halo // 2, *whole.shape)
                 y_hat = rounded[(..., *outer.slices)].to(self.device).contiguous(memory_format=self.layout)
-                x = windows.load(pixels, outer.scaled(STRIDE).within(picture), self.device, self.layout)
+                x = windows.load(pixels, outer.scaled(STRIDE).within(seen), self.device, self.layout)
                 pull = shaping.pull(self.network.synthesise, y_hat, x, t, rate, bf16=self.bf16)
                 latent[(..., *window.slices)] -= pull[(..., *window.relative_to(outer).slices)].to(latent.device)
                 if report:
@@ -126,33 +129,24 @@ class Improver:
 
     # For how pictures look --------------------------------------------------------------------------------------------
 
-    def _refine(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        latent: Tensor,
-        groups: Sequence[Sequence[Box]],
-        hyper: Sequence[Tensor],
-        quality: int,
-        schedule: Schedule,
-        progress: Progress | None,
-    ) -> Tensor:
+    def _refine(self, picture: _Picture, schedule: Schedule, progress: Progress | None) -> Tensor:
+        latent, groups = picture.latent, picture.groups
         refined, done, share = torch.empty_like(latent), 0, 1 / sum(map(len, groups))
-        for boxes, zs in zip(groups, hyper, strict=True):
+        for boxes, zs in zip(groups, picture.hyper, strict=True):
             for box, z in zip(boxes, zs.split(1), strict=True):
-                scene = self._scene(pixels, latent, box, z, quality)
                 report = windows.part(progress, done * share, share)
                 y = windows.stack(latent, [box], self.device)
-                refined[(..., *box.slices)] = self._refine_tile(scene, y, schedule, report)
+                refined[(..., *box.slices)] = self._refine_tile(self._scene(picture, box, z), y, schedule, report)
                 done += 1
         return refined
 
-    def _scene(self, pixels: npt.NDArray[np.uint8], latent: Tensor, box: Box, z: Tensor, quality: int) -> Scene:
-        outer = box.grown(self.network.halo, *latent.shape[2:])
+    def _scene(self, picture: _Picture, box: Box, z: Tensor) -> Scene:
+        outer = box.grown(self.network.halo, *picture.latent.shape[2:])
         inner = box.relative_to(outer)
-        own = box.scaled(STRIDE).within(Box(0, 0, *pixels.shape[:2]))
-        around = latent[(..., *outer.slices)].to(self.device)
-        t = torch.tensor([quality / QUALITY_STEPS], device=self.device)
-        return Scene(windows.load(pixels, own, self.device, self.layout), around, inner.top, inner.left, z, t)
+        own = box.scaled(STRIDE).within(Box(0, 0, *picture.pixels.shape[:2]))
+        around = picture.latent[(..., *outer.slices)].to(self.device)
+        t = torch.tensor([picture.quality / QUALITY_STEPS], device=self.device)
+        return Scene(windows.load(picture.pixels, own, self.device, self.layout), around, inner.top, inner.left, z, t)
 
     def _refine_tile(self, scene: Scene, y: Tensor, schedule: Schedule, progress: Progress | None) -> Tensor:
         with torch.inference_mode(False):

@@ -7,6 +7,7 @@ of the whole picture, whatever the tiles are.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calotype import symbols, windows
 from calotype.entropy import SymbolTables
@@ -112,7 +113,7 @@ class PictureCoder:
 
     Args:
         tune: what the network was trained for; latents are improved for the same.
-        encoder: the network whose synthesis latents are improved for, if it is not the one that draws.
+        encoder: gives the network whose synthesis latents are improved for, if it is not the one that draws.
         batch: equal tiles that are coded together; the bytes do not depend on it.
     """
 
@@ -122,18 +123,22 @@ class PictureCoder:
         device: torch.device,
         *,
         tune: Tune = "psnr",
-        encoder: StillModel | None = None,
+        encoder: Callable[[], nn.Module] | None = None,
         batch: int | None = None,
     ) -> None:
         self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
         self.transforms = network.economical() if bfloat16_is_fast(device) else network
-        encoder = encoder or network
-        self._improver = Improver(encoder, device, tune) if isinstance(encoder, Hyperprior) else None
+        self._encoder = encoder
         self.batch = batch or (8 if device.type == "cuda" else 1)
         frequencies, half_widths, skip, escapes = network.tables
         self.tables = SymbolTables(frequencies.cpu().numpy(), half_widths, skip, escapes=escapes)
 
     # Encoding ---------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _improver(self) -> Improver | None:
+        encoder = self.network if self._encoder is None else self._encoder()
+        return Improver(encoder, self.device, self.tune) if isinstance(encoder, Hyperprior) else None
 
     @torch.inference_mode()
     def encode(

@@ -58,6 +58,12 @@ def drive(coding: Generator[Request, Tensor, Result], answer: Callable[[Request]
         return result
 
 
+def own_symbols(request: Request) -> Tensor:
+    """What an encoding answers itself with."""
+    assert request.symbols is not None
+    return request.symbols
+
+
 class CodingTables(NamedTuple):
     """The tables that requests refer to, for the entropy coder.
 
@@ -476,9 +482,9 @@ class Prior(nn.Module):
         asked: list[tuple[Tensor, Tensor]] = []
 
         def answer(request: Request) -> Tensor:
-            assert request.symbols is not None
-            asked.append((request.symbols, request.tables))
-            return request.symbols
+            symbols = own_symbols(request)
+            asked.append((symbols, request.tables))
+            return symbols
 
         y_hat = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
         slope = torch.zeros_like(y_hat)

@@ -95,12 +95,25 @@ def pull(
         return gradient.mul_(rate * (FASTER[0] + FASTER[1] * t)[:, None, None, None]).clamp_(-FARTHEST, FARTHEST)
 
 
+def shaped_once(
+    synthesise: Callable[[Tensor, Tensor], Tensor],
+    y: Tensor,
+    y_hat: Tensor,
+    slope: Tensor,
+    pixels: Tensor,
+    t: Tensor,
+    *,
+    bf16: bool,
+) -> Tensor:
+    """The latents of whole pictures after `ONCE`; arguments as in `cheaper` and `pull`."""
+    keep, rate = ONCE.at(0)
+    return cheaper(y, y_hat, slope, keep, rate) - pull(synthesise, y_hat, pixels, t, rate, bf16=bf16)
+
+
 @torch.no_grad()
 def push(network: Hyperprior, x: Tensor, t: Tensor, *, bf16: bool) -> Tensor:
     """In training: how far `ONCE` moves the latents of pictures [B, 3, H, W]; [B, M, H/16, W/16]."""
-    keep, rate = ONCE.at(0)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         y = network.analyse(x, t)
         y_hat, slope = network.prior.rounded(network.hyper_analysis(y), y, t)
-    moved = cheaper(y, y_hat, slope, keep, rate) - pull(network.synthesise, y_hat, x, t, rate, bf16=bf16)
-    return moved - y
+    return shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=bf16) - y

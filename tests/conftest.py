@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from calotype.api import Codec
 from calotype.cli import main
 from calotype.media import Picture, read_picture
+from calotype.models.quantizers import lagrangian
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -42,6 +43,13 @@ def synthesise(height: int, width: int, channels: int = 3, *, seed: int = 0) -> 
             plane += 25 * (rng.random() - 0.5) * np.tanh(6 * (distance - 0.4 - rng.random()))
         planes.append(plane + 4 * rng.standard_normal((height, width)))
     return np.clip(np.stack(planes, 2), 20, 235).astype(np.uint8)
+
+
+def objective(codec: Codec, picture: Picture, quality: float, effort: int, tile: int = 1024) -> float:
+    """bpp + λ · 255² · MSE of a real file, decoded again."""
+    made = codec.encode(picture, quality=quality, effort=effort, tile=tile)
+    shown = codec.decode(made.data).picture.pixels.astype(float) - picture.pixels
+    return made.bpp + float(lagrangian(torch.tensor(quality / 100))) * float(np.square(shown).mean())
 
 
 @pytest.fixture(scope="session", autouse=True)

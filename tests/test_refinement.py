@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import objective
 from PIL import Image
 
 from calotype import improving
@@ -21,15 +22,7 @@ from calotype.evaluation.metrics import measure
 from calotype.media import Picture
 from calotype.models import perceptual, structure
 from calotype.models.distortion import looks as looks_distortion
-from calotype.models.quantizers import lagrangian
 from calotype.rate import Target
-
-
-def objective(codec: Codec, picture: Picture, quality: float, effort: int, tile: int = 1024) -> float:
-    """bpp + λ · 255² · MSE of a real file, decoded again."""
-    made = codec.encode(picture, quality=quality, effort=effort, tile=tile)
-    shown = codec.decode(made.data).picture.pixels.astype(float) - picture.pixels
-    return made.bpp + float(lagrangian(torch.tensor(quality / 100))) * float(np.square(shown).mean())
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from calotype.models import tables
 from calotype.models.exact import integerise
 from calotype.models.mixture import Level, Mixture
 from calotype.models.multicodebook import ROWS, basis, gaussian_weights
+from calotype.models.priors import Request, drive, own_symbols
 from calotype.models.quantizers import QUALITY_STEPS, quality_level
 from calotype.models.training.data import RandomCrops
 
@@ -96,16 +97,16 @@ def encode(network: Mixture, scene: Scene) -> float:
     coarse, middle, y, quality = scene
     coding = network.prior.code((len(y), *y.shape[2:]), quality_level(quality), coarse, middle, y)
     bits = 0.0
-    try:
-        asked = next(coding)
-        while True:
-            assert asked.symbols is not None
-            table = asked.tables.long()
-            chosen = frequencies[starts[table] + widths[table] + asked.symbols]
-            bits += float(((tables.PRECISION - chosen.double().log2()) * (table > 0)).sum())
-            asked = coding.send(asked.symbols)
-    except StopIteration:
-        return bits
+
+    def answer(asked: Request) -> Tensor:
+        nonlocal bits
+        table, symbols = asked.tables.long(), own_symbols(asked)
+        chosen = frequencies[starts[table] + widths[table] + symbols]
+        bits += float(((tables.PRECISION - chosen.double().log2()) * (table > 0)).sum())
+        return symbols
+
+    drive(coding, answer)
+    return bits
 
 
 def observe(network: Mixture, scenes: Iterable[Scene]) -> tuple[list[list[Statistics]], float]:

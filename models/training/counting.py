@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from calotype.models.priors import Request, Result, drive
+from calotype.models.priors import Request, Result, drive, own_symbols
 
 
 class SymbolCounts:
@@ -21,9 +21,9 @@ class SymbolCounts:
         """Drive an encoding to its end, counting what it asks to be coded under these tables; its result."""
 
         def answer(request: Request) -> Tensor:
-            assert request.symbols is not None
-            self._add(request.tables.flatten().long() - self.first, request.symbols.flatten().long())
-            return request.symbols
+            symbols = own_symbols(request)
+            self._add(request.tables.flatten().long() - self.first, symbols.flatten().long())
+            return symbols
 
         return drive(coding, answer)
 

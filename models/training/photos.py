@@ -82,10 +82,8 @@ def fit_image_prior(model: Hyperprior, folder: Path, *, shaped: bool) -> None:
         y = network.analyse(x, t)
         z = network.hyper_analysis(y)
         if shaped:
-            keep, rate = shaping.ONCE.at(0)
             y_hat, slope = network.quantise(quality, z, y)
-            y = shaping.cheaper(y, y_hat, slope, keep, rate)
-            y -= shaping.pull(network.synthesise, y_hat, x, t, rate, bf16=False)
+            y = shaping.shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=False)
         counts.of(network.code((1, *y.shape[2:]), quality, y, z))
     model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))
 
