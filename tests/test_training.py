@@ -66,7 +66,7 @@ def recipe(photos: Path, output: Path, *overrides: str) -> Recipe:
         RECIPES / "hyperprior.yaml",
         [
             f"train={photos}", f"validation={photos}", f"output={output}", "steps=3", "decay_steps=1", "batch=2",
-            "crop=128", "log_every=3", "validation_items=1", "warmup_steps=2", *overrides,
+            "crop=128", "log_every=3", "validation_items=1", "warmup_steps=2", "shaped_from=5000", *overrides,
         ],
     )  # fmt: skip
 
