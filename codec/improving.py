@@ -29,8 +29,8 @@ from calotype.windows import Box, Progress, grid
 
 SHAPING: dict[int, shaping.Schedule] = {
     5: shaping.ONCE,
-    7: shaping.Schedule(6, (0.78, 0.9), (0.0135, 0.006)),
-    9: shaping.Schedule(20, (0.82, 0.92), (0.012, 0.0045), contexts=True),
+    7: shaping.Schedule(6, (0.78, 0.91), (0.022, 0.0045)),
+    9: shaping.Schedule(20, (0.84, 0.95), (0.0165, 0.0027), contexts=True),
 }
 """How symbols of least error are chosen, by effort; at other efforts they are those next to the latent."""
 REFINEMENT: dict[int, Schedule] = {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.04, 3.0, 0.01)}

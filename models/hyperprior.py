@@ -63,5 +63,5 @@ class Hyperprior(Transforms):
         return self.prior.code(shape, quality_level(quality), z, y)
 
     def quantise(self, quality: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent `y` as it would be decoded, in quantisation steps, and the slope of its bits; `Prior.quantise`."""
+        """The latent `y` as it would be decoded, in quantisation steps, and its `rate_slope`; see `Prior.quantise`."""
         return self.prior.quantise(quality_level(quality), z, y)

@@ -222,6 +222,22 @@ def gaussian_slope(symbols: Tensor, index: Tensor) -> Tensor:
     return slope
 
 
+def rate_slope(symbols: Tensor, error: Tensor, index: Tensor) -> Tensor:
+    """How bits grow with a latent, in bits per quantisation step; arguments and result of one shape.
+
+    That is the slope of its symbol's bits. At zero this vanishes, although the next symbols cost much where tables are
+    narrow: there it is the slope of the Gaussian's density at the latent, in nats (better than in bits, by trial).
+
+    Args:
+        symbols: integers.
+        error: from what is decoded to the latent, in quantisation steps.
+        index: tables; latents of tables that are not coded have no slope.
+    """
+    precision = tables.scale_of(torch.arange(tables.SCALES, device=index.device)).pow(-2)
+    precision[: tables.SKIP] = 0
+    return torch.where(symbols == 0, error * precision[index.long()], gaussian_slope(symbols, index))
+
+
 class HyperAnalysis(nn.Sequential):
     """Encoder only: the hyper-latent z [B, Z, ceil(H/4), ceil(W/4)] of a latent y [B, M, H, W]; floats."""
 
@@ -366,14 +382,14 @@ class Prior(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z, y, t = z.float(), y.float(), torch.round(t * 64) / 64
             features = self._features(self._rate_hyper(z, t, None)[0], t, *y.shape[2:])
-            y_hat, slope = torch.zeros_like(y), torch.zeros_like(y)
+            y_hat, symbols, indices = (torch.zeros_like(y) for _ in range(3))
             for p, context in zip(self.passes, self.contexts, strict=True):
                 mask, part = checkerboard(y.shape[2], y.shape[3], p.parity, y.device), slice(p.start, p.stop)
                 mean, index = _predicted(p, context, features, y_hat, t)
                 symbol = torch.floor(y[:, part] - mean + 0.5) * (index >= tables.SKIP)
-                y_hat[:, part] = torch.where(mask, mean + symbol, y_hat[:, part])
-                slope[:, part] = torch.where(mask, gaussian_slope(symbol, index), slope[:, part])
-            return y_hat, slope
+                for whole, found in ((y_hat, mean + symbol), (symbols, symbol), (indices, index)):
+                    whole[:, part] = torch.where(mask, found, whole[:, part])
+            return y_hat, rate_slope(symbols, y - y_hat, indices)
 
     def context_slope(self, z: Tensor, y_hat: Tensor, t: Tensor) -> Tensor:
         """Before export: derivative, by each decoded latent, of the bits of those that are predicted from it.
@@ -475,10 +491,7 @@ class Prior(nn.Module):
         return y_hat
 
     def quantise(self, level: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent y [B, M, H, W] as it will be decoded, in quantisation steps, and the slope of its bits.
-
-        The slope is that of the bits of each symbol alone, under its Gaussian, in bits per quantisation step.
-        """
+        """The latent y [B, M, H, W] as it will be decoded, in quantisation steps, and its `rate_slope`."""
         asked: list[tuple[Tensor, Tensor]] = []
 
         def answer(request: Request) -> Tensor:
@@ -487,12 +500,13 @@ class Prior(nn.Module):
             return symbols
 
         y_hat = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
-        slope = torch.zeros_like(y_hat)
-        for p, (symbols, index) in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
+        symbols, index = (torch.zeros_like(y_hat, dtype=torch.int32) for _ in range(2))
+        for p, parts in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
             where = positions(*y.shape[2:], p.parity, y.device)
-            slopes = gaussian_slope(symbols, index).unflatten(1, (p.stop - p.start, -1))
-            as_rows(slope)[:, where, p.start : p.stop] = slopes.transpose(1, 2)
-        return y_hat, slope
+            for whole, part in zip((symbols, index), parts, strict=True):
+                rows = part.unflatten(1, (p.stop - p.start, -1)).transpose(1, 2)
+                as_rows(whole)[:, where, p.start : p.stop] = rows.int()
+        return y_hat, rate_slope(symbols, y - y_hat, index)
 
     def _compand(self, latent: Tensor) -> Tensor:
         magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()

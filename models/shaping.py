@@ -61,7 +61,7 @@ def cheaper(y: Tensor, y_hat: Tensor, slope: Tensor, keep: float, rate: float) -
 
     Args:
         y, y_hat: the latent, and as it is decoded, in quantisation steps.
-        slope: derivative of the bits of each symbol, in bits per quantisation step.
+        slope: `calotype.models.priors.rate_slope`.
         keep, rate: of `Schedule.at`.
     """
     return torch.lerp(y_hat, y, keep).sub_(slope, alpha=rate * BITS)

@@ -11,9 +11,9 @@ from torch import Tensor
 from calotype.api import Codec
 from calotype.improving import Improver
 from calotype.media import Picture
-from calotype.models import shaping, zoo
+from calotype.models import shaping, tables, zoo
 from calotype.models.hyperprior import Hyperprior
-from calotype.models.priors import Request, drive, gaussian_bits, gaussian_slope, own_symbols
+from calotype.models.priors import Request, drive, gaussian_bits, gaussian_slope, own_symbols, rate_slope
 from calotype.models.shaping import Schedule
 from calotype.windows import Box
 
@@ -45,22 +45,38 @@ def test_slope_is_the_derivative_of_the_bits() -> None:
     assert gaussian_slope(symbols, index)[0, 3:5].tolist() == [0, 0]
 
 
+def test_bits_grow_with_the_error_of_a_zero() -> None:
+    symbols = torch.tensor([[-3, 0, 0, 0, 1]])
+    error = torch.tensor([[0.1, 0.2, -0.4, 0.3, -0.5]])
+    index = torch.tensor([[30, 30, tables.SKIP, tables.SKIP - 1, 22]])
+    slope = rate_slope(symbols, error, index)
+    expected = gaussian_slope(symbols, index)
+    expected[0, 1:3] = error[0, 1:3] / tables.scale_of(index[0, 1:3]).square()
+    assert slope.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+    assert slope[0, 3] == 0  # never coded, so free
+
+
 def test_quantising_gives_what_is_decoded(network: Hyperprior, face: Picture) -> None:
     quality = torch.tensor([550])
     with torch.inference_mode():
         y = network.analyse(_tensor(face), quality / 1000)
         z = network.hyper_analysis(y)
         y_hat, slope = network.quantise(quality, z, y)
-        asked: list[Tensor] = []
+        asked: list[Request] = []
 
         def answer(request: Request) -> Tensor:
-            asked.append(own_symbols(request))
-            return asked[-1]
+            asked.append(request)
+            return own_symbols(request)
 
         decoded = drive(network.code((1, *y.shape[2:]), quality, y, z), answer)
     assert torch.equal(y_hat, network.dequantise(decoded))
-    # Of the last slice: a slope where there is a symbol that is not zero.
-    assert (slope[:, network.prior.passes[-1].start :] != 0).sum() == (asked[-1] != 0).sum() > 0
+    start = network.prior.passes[-1].start
+    symbols, index = (part.view_as(slope[:, start:]) for part in (own_symbols(asked[-1]), asked[-1].tables))
+    coded = index >= tables.SKIP
+    assert (symbols != 0).any()
+    assert (coded & (symbols == 0)).any()
+    assert torch.equal(slope[:, start:], rate_slope(symbols, (y - y_hat)[:, start:], index))
+    assert not slope[:, start:][~coded].any()
 
 
 def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyperprior, face: Picture) -> None:
