@@ -124,6 +124,5 @@ def test_unusual_pictures_are_not_harmed(codec: Codec, kind: str, quality: float
         "flat": np.full((96, 96, 3), 200, np.uint8),
         "edge": np.repeat(np.arange(96) > 41, 288).reshape(96, 96, 3).astype(np.uint8) * 255,
     }[kind]
-    plain, shaped, most = (objective(codec, Picture(pixels), quality, effort) for effort in (3, 5, 9))
-    assert shaped < 1.02 * plain
-    assert most < 1.02 * plain
+    plain, *shaped = (objective(codec, Picture(pixels), quality, effort) for effort in (3, 5, 7, 9))
+    assert max(shaped) < 1.02 * plain
