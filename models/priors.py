@@ -235,7 +235,8 @@ def rate_slope(symbols: Tensor, error: Tensor, index: Tensor) -> Tensor:
     """
     precision = tables.scale_of(torch.arange(tables.SCALES, device=index.device)).pow(-2)
     precision[: tables.SKIP] = 0
-    return torch.where(symbols == 0, error * precision[index.long()], gaussian_slope(symbols, index))
+    at_zero = error * precision.index_select(0, index.flatten().int()).view(index.shape)
+    return torch.where(symbols == 0, at_zero, gaussian_slope(symbols, index))
 
 
 class HyperAnalysis(nn.Sequential):
@@ -500,13 +501,13 @@ class Prior(nn.Module):
             return symbols
 
         y_hat = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
-        symbols, index = (torch.zeros_like(y_hat, dtype=torch.int32) for _ in range(2))
+        slope = y - y_hat
+        rows = as_rows(slope)
         for p, parts in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
-            where = positions(*y.shape[2:], p.parity, y.device)
-            for whole, part in zip((symbols, index), parts, strict=True):
-                rows = part.unflatten(1, (p.stop - p.start, -1)).transpose(1, 2)
-                as_rows(whole)[:, where, p.start : p.stop] = rows.int()
-        return y_hat, rate_slope(symbols, y - y_hat, index)
+            where, part = positions(*y.shape[2:], p.parity, y.device), slice(p.start, p.stop)
+            symbols, index = (v.unflatten(1, (p.stop - p.start, -1)).transpose(1, 2) for v in parts)
+            rows[:, where, part] = rate_slope(symbols, rows[:, where, part], index)
+        return y_hat, slope
 
     def _compand(self, latent: Tensor) -> Tensor:
         magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()
