@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calotype.api import DEFAULT_EFFORT, Codec
 from calotype.media import Picture, read_picture, write_picture
-from calotype.models import shaping
+from calotype.models import shaping, zoo
 from calotype.models.exact import IntConv
+from calotype.models.gradient import LearnedGradient
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import drive, own_symbols
 
@@ -120,10 +121,11 @@ def shares(codec: Codec, pictures: list[Picture], quality: float) -> dict[str, d
     return stages
 
 
-def complexity(network: Hyperprior, side: int = 512) -> dict[str, float]:
+def complexity(network: Hyperprior, estimate: LearnedGradient, side: int = 512) -> dict[str, float]:
     """Multiply-accumulates per pixel, in thousands: analysis with hyper-analysis, entropy networks, synthesis.
 
-    And synthesis with its gradient, which an encoder looks at once at effort 5, after the entropy networks.
+    And what an encoder looks at once each at effort 5, after the entropy networks: the estimated gradient, and synthesis
+    with its own.
     """
     integer = 0.0
 
@@ -136,14 +138,19 @@ def complexity(network: Hyperprior, side: int = 512) -> dict[str, float]:
     with torch.no_grad():
         t = torch.tensor([0.5])
         with FlopCounterMode(display=False) as analysis:
-            y = network.analyse(torch.zeros(1, 3, side, side), t)
+            analysed = network.analyse_with_features(torch.zeros(1, 3, side, side), t)
+            y = analysed.latent
             network.hyper_analysis(y)
         latent = drive(network.code((1, side // 16, side // 16), torch.tensor([500]), y), own_symbols)
         y_hat = network.dequantise(latent)
         with FlopCounterMode(display=False) as synthesis:
             network.synthesise(y_hat, t)
+        with FlopCounterMode(display=False) as guess:
+            estimate(y_hat - y, analysed, t)
         with FlopCounterMode(display=False) as gradient:
-            shaping.pull(network.synthesise, y_hat, torch.zeros(1, 3, side, side), t, 1.0, bf16=False)
+            shaping.error_gradient(
+                network.synthesise, y_hat, torch.zeros(1, 3, side, side), t, bf16=False, straight=True
+            )
     for hook in hooks:
         hook.remove()
     per_pixel = 1 / side**2 / 1000
@@ -151,6 +158,7 @@ def complexity(network: Hyperprior, side: int = 512) -> dict[str, float]:
         "analysis": analysis.get_total_flops() / 2 * per_pixel,
         "entropy networks": integer * per_pixel,
         "synthesis": synthesis.get_total_flops() / 2 * per_pixel,
+        "estimated gradient": guess.get_total_flops() / 2 * per_pixel,
         "synthesis and its gradient": gradient.get_total_flops() / 2 * per_pixel,
     }
 
@@ -210,10 +218,12 @@ def main() -> None:
     for way, parts in large.items():
         print(f"{way} of a 12 Mpx photo, from file to file: {12 / sum(parts.values()):.2f} Mpx/s")
         report(parts, 12)
-    parts = complexity(codec.coder.network.cpu())
+    estimate = zoo.load_gradient(codec.spec.name)
+    assert estimate is not None
+    parts = complexity(codec.coder.network.cpu(), estimate)
     print("kMAC/px: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
     fast, decode = (parts[transform] + parts["entropy networks"] for transform in ("analysis", "synthesis"))
-    look = parts["entropy networks"] + parts["synthesis and its gradient"]
+    look = sum(parts[name] for name in ("entropy networks", "estimated gradient", "synthesis and its gradient"))
     print(f"kMAC/px: encode {fast + look:.2f}, at effort {FAST} {fast:.2f}, decode {decode:.2f}")
 
 

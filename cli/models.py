@@ -130,6 +130,7 @@ def verify(ctx: click.Context, *, name: str | None, as_json: bool) -> None:
     metavar="NAME",
     help="Keep the present weights under this name for the files, and key frames of videos, that they code.",
 )
+@click.option("--gradient", is_flag=True, help="Only what estimates gradients for the encoder of hyperprior.")
 @tune_option("With visual, only a second synthesis of hyperprior.")
 @json_option
 @common_options
@@ -141,6 +142,7 @@ def export(
     photos: Path | None,
     clips: Path | None,
     keep: str | None,
+    gradient: bool,
     tune: Tune | None,
     as_json: bool,
 ) -> None:
@@ -154,7 +156,7 @@ def export(
 
     folder = folder or WEIGHTS
     try:
-        written = export_weights(checkpoint, name, folder, photos, clips, tune, keep)
+        written = export_weights(checkpoint, name, folder, photos, clips, tune, keep, gradient)
     except LookupError as error:
         raise ModelNotFoundError(f"{name} is not a model of the index in {folder}: add it there first") from error
     except (ValueError, FileNotFoundError) as error:

@@ -133,7 +133,8 @@ def _coder(name: str, device: str, tune: zoo.Tune | None) -> PictureCoder | Toke
         raise ModelNotFoundError(f"model {name!r} does not code still pictures")
     # A second synthesis draws, but files don't depend on it.
     encoder = None if tune is None else functools.partial(zoo.load, name, str(chosen), None)
-    return PictureCoder(network, chosen, tune=zoo.describe(name).tune, encoder=encoder)
+    gradient = functools.partial(zoo.load_gradient, name, str(chosen))
+    return PictureCoder(network, chosen, tune=zoo.describe(name).tune, encoder=encoder, gradient=gradient)
 
 
 class Codec:

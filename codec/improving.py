@@ -20,15 +20,16 @@ from calotype import windows
 from calotype.errors import InputError
 from calotype.models import shaping
 from calotype.models.blocks import bfloat16_is_fast
+from calotype.models.gradient import LearnedGradient
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.refinement import Scene, Schedule, differentiable, refine
-from calotype.models.transforms import STRIDE
+from calotype.models.transforms import STRIDE, Analysed
 from calotype.models.zoo import Tune, layout
 from calotype.windows import Box, Progress, grid
 
 SHAPING: dict[int, shaping.Schedule] = {
-    5: shaping.ONCE,
+    5: shaping.GUESSED,
     7: shaping.Schedule(6, (0.78, 0.91), (0.022, 0.0045)),
     9: shaping.Schedule(20, (0.84, 0.95), (0.0165, 0.0027), contexts=True),
 }
@@ -51,26 +52,42 @@ class Improved(NamedTuple):
 
 
 class _Picture(NamedTuple):
-    """Pixels [H, W, C], their latent, the tiles of each group, their hyper-latents, and the quality as an integer."""
+    """Pixels [H, W, C], their latent, the features of its analysis if they help, the tiles of each group, their
+    hyper-latents, and the quality as an integer."""
 
     pixels: npt.NDArray[np.uint8]
     latent: Tensor
+    features: tuple[Tensor, ...]
     groups: Sequence[Sequence[Box]]
     hyper: list[Tensor]
     quality: int
 
 
 class Improver:
-    """Improves latents for one network on one device; for what the network was trained for. Holds no state."""
+    """Improves latents for one network on one device; for what the network was trained for. Holds no state.
 
-    def __init__(self, network: Hyperprior, device: torch.device, tune: Tune) -> None:
+    `gradient` estimates what the network's synthesis makes of rounding errors, if there is such an estimate.
+    """
+
+    def __init__(
+        self, network: Hyperprior, device: torch.device, tune: Tune, gradient: LearnedGradient | None = None
+    ) -> None:
         self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
+        self.gradient = gradient
         self.bf16 = device.type == "cuda" or bfloat16_is_fast(device)
+
+    def estimates(self, effort: int) -> bool:
+        """Whether a latent is improved with the help of features of its analysis at this effort."""
+        return self.tune == "psnr" and effort in SHAPING and self._schedule(effort).guess is not None
+
+    def _schedule(self, effort: int) -> shaping.Schedule:
+        schedule = SHAPING[effort]
+        return schedule if self.gradient is not None or schedule.guess is None else shaping.ONCE
 
     def improve(
         self,
         pixels: npt.NDArray[np.uint8],
-        latent: Tensor,
+        analysed: tuple[Tensor, ...],
         groups: Sequence[Sequence[Box]],
         quality: int,
         effort: int,
@@ -79,15 +96,17 @@ class Improver:
         """A better latent for pixels [H, W, C], or None if none is looked for. Raises InputError.
 
         Args:
-            latent: of the whole picture, in quantisation steps; may be overwritten.
+            analysed: the latent of the whole picture, in quantisation steps, which may be overwritten, and the features
+                of `Analysed` where `estimates` says so.
             groups: the tiles, as boxes of the latent; those of a group, which are alike in shape, are coded together.
         """
         if effort not in (SHAPING if self.tune == "psnr" else REFINEMENT):
             return None
+        latent, *features = analysed
         hyper = [self.network.hyper_analysis(windows.stack(latent, boxes, self.device)) for boxes in groups]
-        picture = _Picture(pixels, latent, groups, hyper, quality)
+        picture = _Picture(pixels, latent, tuple(features), groups, hyper, quality)
         if self.tune == "psnr":
-            better = self._shape(picture, SHAPING[effort], progress)
+            better = self._shape(picture, self._schedule(effort), progress)
         else:
             better = self._refine(picture, REFINEMENT[effort], progress)
         return Improved(self.network, better, hyper)
@@ -99,7 +118,7 @@ class Improver:
     # For least error --------------------------------------------------------------------------------------------------
 
     def _shape(self, picture: _Picture, schedule: shaping.Schedule, progress: Progress | None) -> Tensor:
-        pixels, latent, groups, hyper, quality = picture
+        pixels, latent, features, groups, hyper, quality = picture
         seen, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
         integer = torch.tensor([quality], device=self.device)
         t = integer.float() / QUALITY_STEPS
@@ -109,7 +128,11 @@ class Improver:
             rounded = torch.empty_like(latent)
             for boxes, z in zip(groups, hyper, strict=True):
                 y = windows.stack(latent, boxes, self.device)
-                y_hat, slope = self.network.quantise(integer.expand(len(boxes)), z, y)
+                expected = self.network.expect(integer.expand(len(boxes)), z, y)
+                y_hat, slope = expected.rounded(y)
+                if features and step == 0:
+                    y = self._guessed(y, y_hat, slope, features, boxes, t, schedule)
+                    y_hat, slope = expected.rounded(y)  # as if the means didn't move
                 if schedule.contexts:
                     slope += self._differentiable.prior.context_slope(z, y_hat, t.expand(len(boxes)))
                 for box, decoded, cheap in zip(boxes, y_hat, shaping.cheaper(y, y_hat, slope, keep, rate), strict=True):
@@ -121,11 +144,32 @@ class Improver:
                 outer = window.grown(self.network.halo // 2, *whole.shape)
                 y_hat = rounded[(..., *outer.slices)].to(self.device).contiguous(memory_format=self.layout)
                 x = windows.load(pixels, outer.scaled(STRIDE).within(seen), self.device, self.layout)
-                pull = shaping.pull(self.network.synthesise, y_hat, x, t, rate, bf16=self.bf16)
-                latent[(..., *window.slices)] -= pull[(..., *window.relative_to(outer).slices)].to(latent.device)
+                gradient = shaping.error_gradient(
+                    self.network.synthesise, y_hat, x, t, bf16=self.bf16, straight=schedule.straight
+                )[(..., *window.relative_to(outer).slices)]
+                latent[(..., *window.slices)] -= shaping.far(gradient, t, rate).to(latent.device)
                 if report:
                     report(count / len(parts))
         return latent
+
+    def _guessed(
+        self,
+        y: Tensor,
+        y_hat: Tensor,
+        slope: Tensor,
+        features: tuple[Tensor, ...],
+        boxes: Sequence[Box],
+        t: Tensor,
+        schedule: shaping.Schedule,
+    ) -> Tensor:
+        """The latents y [B, M, h, w] of tiles, moved by the gradient as it is estimated."""
+        assert self.gradient is not None
+        assert schedule.guess is not None
+        keep, rate = schedule.guess
+        fine, coarse = (windows.stack(f, boxes, self.device, n) for f, n in zip(features, (2, 1), strict=True))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            gradient = self.gradient(y_hat - y, Analysed(y, fine, coarse), t)
+        return shaping.cheaper(y, y_hat, slope, keep, rate) - shaping.far(gradient, t, rate)
 
     # For how pictures look --------------------------------------------------------------------------------------------
 

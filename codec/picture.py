@@ -23,6 +23,7 @@ from calotype.entropy import SymbolTables
 from calotype.errors import DriftError, FormatError, InputError
 from calotype.improving import Improver
 from calotype.models.blocks import bfloat16_is_fast
+from calotype.models.gradient import LearnedGradient
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Coding, CodingTables
 from calotype.models.quantizers import QUALITY_STEPS
@@ -114,6 +115,7 @@ class PictureCoder:
     Args:
         tune: what the network was trained for; latents are improved for the same.
         encoder: gives the network whose synthesis latents are improved for, if it is not the one that draws.
+        gradient: gives the network that estimates the gradient of the error, if there is one.
         batch: equal tiles that are coded together; the bytes do not depend on it.
     """
 
@@ -124,11 +126,12 @@ class PictureCoder:
         *,
         tune: Tune = "psnr",
         encoder: Callable[[], nn.Module] | None = None,
+        gradient: Callable[[], LearnedGradient | None] | None = None,
         batch: int | None = None,
     ) -> None:
         self.network, self.device, self.tune, self.layout = network, device, tune, layout(device)
         self.transforms = network.economical() if bfloat16_is_fast(device) else network
-        self._encoder = encoder
+        self._encoder, self._gradient = encoder, gradient
         self.batch = batch or (8 if device.type == "cuda" else 1)
         frequencies, half_widths, skip, escapes = network.tables
         self.tables = SymbolTables(frequencies.cpu().numpy(), half_widths, skip, escapes=escapes)
@@ -138,7 +141,9 @@ class PictureCoder:
     @functools.cached_property
     def _improver(self) -> Improver | None:
         encoder = self.network if self._encoder is None else self._encoder()
-        return Improver(encoder, self.device, self.tune) if isinstance(encoder, Hyperprior) else None
+        if not isinstance(encoder, Hyperprior):
+            return None
+        return Improver(encoder, self.device, self.tune, None if self._gradient is None else self._gradient())
 
     @torch.inference_mode()
     def encode(
@@ -157,14 +162,15 @@ class PictureCoder:
         """
         if effort > 5 and self._improver is None:
             raise InputError(f"effort {effort} improves latents of the model hyperprior only: use effort 5")
-        latent = self._analyse(pixels, quality, watch)
+        analysed = self._analyse(pixels, quality, watch, effort)
+        latent = analysed[0]
         boxes = grid(Box(0, 0, *latent.shape[2:]), tile // STRIDE)
         groups = list(self._batches([b.shape for b in boxes]))
         better = None
         if self._improver is not None:
             tiles, before = [[boxes[n] for n in numbers] for numbers in groups], windows.part(progress, 0, IMPROVING)
             with watch("improve"):
-                better = self._improver.improve(pixels, latent, tiles, quality, effort, before)
+                better = self._improver.improve(pixels, analysed, tiles, quality, effort, before)
         if better is not None:
             latent, progress = better.latent, windows.part(progress, IMPROVING, 1 - IMPROVING)
         payloads: list[bytes] = [b""] * len(boxes)
@@ -198,11 +204,25 @@ class PictureCoder:
         integer = torch.tensor([quality], device=self.device)
         return integer, integer.float() / QUALITY_STEPS
 
-    def _analyse(self, pixels: npt.NDArray[np.uint8], quality: int, watch: Stopwatch) -> Tensor:
-        """Latent [1, M, ceil(H/16), ceil(W/16)] of the whole picture, on the CPU unless it is one window."""
+    def _analyse(
+        self, pixels: npt.NDArray[np.uint8], quality: int, watch: Stopwatch, effort: int
+    ) -> tuple[Tensor, ...]:
+        """Latent [1, M, ceil(H/16), ceil(W/16)] of the whole picture, on the CPU unless it is one window.
+
+        With it the features of `Analysed`, if they help to improve it.
+        """
         _, t = self._quality(quality)
+        estimated = self._improver is not None and self._improver.estimates(effort)
+
+        def transform(x: Tensor, _: Progress | None) -> tuple[Tensor, ...]:
+            if not estimated:
+                return (self.transforms.analyse(x, t),)
+            assert isinstance(self.transforms, Hyperprior)
+            y, *features = self.transforms.analyse_with_features(x, t)
+            return y, *(f.bfloat16() for f in features)  # those of a large picture take much memory
+
         return windows.analyse(
-            lambda x, _: self.transforms.analyse(x, t), pixels, side=windows.WINDOW, halo=self.network.halo,
+            transform, pixels, side=windows.WINDOW, halo=self.network.halo,
             device=self.device, layout=self.layout, watch=watch,
         )  # fmt: skip
 

@@ -88,10 +88,11 @@ class TokenCoder:
         )
         if effort in SEARCH_STEPS:
             search = functools.partial(self._search, step=step, weight=weight, steps=SEARCH_STEPS[effort])
-            return analyse(search, side=SEARCH_WINDOW, stage="refine", progress=progress)[0, 0].cpu()
+            (found,) = analyse(search, side=SEARCH_WINDOW, stage="refine", progress=progress)
+            return found[0, 0].cpu()
         steps = torch.tensor([step], device=self.device)
-        latent = analyse(
-            lambda x, _: self.network.latent(x, steps), side=windows.WINDOW, progress=windows.part(progress, 0, 0.5)
+        (latent,) = analyse(
+            lambda x, _: (self.network.latent(x, steps),), side=windows.WINDOW, progress=windows.part(progress, 0, 0.5)
         )
         tokens = torch.empty(latent.shape[2:], dtype=torch.int64)
         boxes = grid(Box(0, 0, *tokens.shape), CHOICE_WINDOW)
@@ -103,7 +104,7 @@ class TokenCoder:
                 progress(0.5 + 0.5 * count / len(boxes))
         return tokens
 
-    def _search(self, x: Tensor, progress: Progress | None, *, step: int, weight: float, steps: int) -> Tensor:
+    def _search(self, x: Tensor, progress: Progress | None, *, step: int, weight: float, steps: int) -> tuple[Tensor]:
         """Tokens [1, 1, h, w] of a part [1, 3, H, W] from so many steps."""
         bf16 = self.device.type == "cuda" or bfloat16_is_fast(self.device)
         with torch.inference_mode(False):
@@ -114,7 +115,7 @@ class TokenCoder:
                 raise InputError(
                     f"the search for tokens needs {error.name}: pip install 'calotype[eval]', or use effort 5"
                 ) from error
-        return found[:, None]
+        return (found[:, None],)
 
     @torch.inference_mode()
     def write(

@@ -94,13 +94,13 @@ def load(pixels: npt.NDArray[np.uint8], box: Box, device: torch.device, layout: 
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=layout)
 
 
-def stack(latent: Tensor, boxes: Sequence[Box], device: torch.device) -> Tensor:
-    """[B, M, h, w] on the device: boxes of one shape of a latent [1, M, H, W]."""
-    return torch.cat([latent[(..., *box.slices)] for box in boxes]).to(device)
+def stack(latent: Tensor, boxes: Sequence[Box], device: torch.device, scale: int = 1) -> Tensor:
+    """[B, M, h, w] on the device: boxes of one shape, made larger by `scale`, of [1, M, H, W]."""
+    return torch.cat([latent[(..., *box.scaled(scale).slices)] for box in boxes]).to(device)
 
 
 def analyse(
-    transform: Callable[[Tensor, Progress | None], Tensor],
+    transform: Callable[[Tensor, Progress | None], tuple[Tensor, ...]],
     pixels: npt.NDArray[np.uint8],
     *,
     side: int,
@@ -110,34 +110,39 @@ def analyse(
     watch: Stopwatch,
     stage: str = "transform",
     progress: Progress | None = None,
-) -> Tensor:
-    """What `transform` makes of pixels [H, W, C], window by window: [1, M, ceil(H/16), ceil(W/16)].
+) -> tuple[Tensor, ...]:
+    """What `transform` makes of pixels [H, W, C], window by window: [1, M, n ceil(H/16), n ceil(W/16)] each.
 
     On the CPU unless it is one window.
 
     Args:
-        transform: from a part [1, 3, H, W] in [-0.5, 0.5] to its [1, M, H/16, W/16].
+        transform: from a part [1, 3, H, W] in [-0.5, 0.5] to some [1, M, n H/16, n W/16].
         side: of a window, in latent positions.
         halo: latent positions around a window that its result depends on.
         stage: what the watch calls it.
     """
     whole = Box(0, 0, -(-pixels.shape[0] // STRIDE), -(-pixels.shape[1] // STRIDE))
     windows = grid(whole, side)
-    result = None
+    results: list[Tensor] = []
     for count, window in enumerate(windows):
         outer = window.grown(halo, *whole.shape)
         with watch("load"):
             x = load(pixels, outer.scaled(STRIDE), device, layout)
         with watch(stage):
-            y = transform(x, part(progress, count / len(windows), 1 / len(windows)))
-            inner = y[(..., *window.relative_to(outer).slices)]
-            if len(windows) > 1:
-                if result is None:
-                    result = torch.empty(1, *whole.shape, y.shape[1], dtype=y.dtype).permute(0, 3, 1, 2)
-                result[(..., *window.slices)] = inner.cpu()
+            parts = transform(x, part(progress, count / len(windows), 1 / len(windows)))
+            for number, y in enumerate(parts):
+                n = y.shape[2] // outer.shape[0]
+                inner = y[(..., *window.relative_to(outer).scaled(n).slices)]
+                if len(windows) == 1:
+                    results.append(inner)
+                    continue
+                if not count:
+                    rows = torch.empty(1, *whole.scaled(n).shape, y.shape[1], dtype=y.dtype)
+                    results.append(rows.permute(0, 3, 1, 2))
+                results[number][(..., *window.scaled(n).slices)] = inner.cpu()
         if progress:
             progress((count + 1) / len(windows))
-    return inner if result is None else result
+    return tuple(results)
 
 
 def draw(

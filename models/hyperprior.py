@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calotype.models.priors import Coding, CodingTables, HyperAnalysis, Prior
+from calotype.models.priors import Coding, CodingTables, Expected, HyperAnalysis, Prior
 from calotype.models.quantizers import quality_level
 from calotype.models.transforms import Rates, Transforms, TransformsConfig
 
@@ -62,6 +62,6 @@ class Hyperprior(Transforms):
             z = self.hyper_analysis(y)
         return self.prior.code(shape, quality_level(quality), z, y)
 
-    def quantise(self, quality: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent `y` as it would be decoded, in quantisation steps, and its `rate_slope`; see `Prior.quantise`."""
-        return self.prior.quantise(quality_level(quality), z, y)
+    def expect(self, quality: Tensor, z: Tensor, y: Tensor) -> Expected:
+        """What the prior expects of the latent `y` in coding; see `Prior.expect`."""
+        return self.prior.expect(quality_level(quality), z, y)

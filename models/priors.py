@@ -239,6 +239,23 @@ def rate_slope(symbols: Tensor, error: Tensor, index: Tensor) -> Tensor:
     return torch.where(symbols == 0, at_zero, gaussian_slope(symbols, index))
 
 
+class Expected(NamedTuple):
+    """What the prior expects of a latent [B, M, H, W]: means in quantisation steps, multiples of 1/64, and tables."""
+
+    mean: Tensor
+    table: Tensor
+
+    def symbols(self, y: Tensor) -> Tensor:
+        """The symbols, as floats, of a latent that is coded with these means and tables."""
+        return torch.floor(y - self.mean + 0.5).mul_(self.table >= tables.SKIP)
+
+    def rounded(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Such a latent as it is decoded, and its `rate_slope`."""
+        symbols = self.symbols(y)
+        y_hat = self.mean + symbols
+        return y_hat, rate_slope(symbols, y - y_hat, self.table)
+
+
 class HyperAnalysis(nn.Sequential):
     """Encoder only: the hyper-latent z [B, Z, ceil(H/4), ceil(W/4)] of a latent y [B, M, H, W]; floats."""
 
@@ -378,19 +395,19 @@ class Prior(nn.Module):
             return y_hat, y_bits, z_bits
 
     @torch.no_grad()
-    def rounded(self, z: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Before export: nearly what `quantise` of the exported prior gives; arguments as in `forward`."""
+    def estimate(self, z: Tensor, y: Tensor, t: Tensor) -> Expected:
+        """Before export: nearly what `expect` of the exported prior gives; arguments as in `forward`."""
         with torch.autocast(z.device.type, enabled=False):
             z, y, t = z.float(), y.float(), torch.round(t * 64) / 64
             features = self._features(self._rate_hyper(z, t, None)[0], t, *y.shape[2:])
-            y_hat, symbols, indices = (torch.zeros_like(y) for _ in range(3))
+            y_hat, means, indices = (torch.zeros_like(y) for _ in range(3))
             for p, context in zip(self.passes, self.contexts, strict=True):
                 mask, part = checkerboard(y.shape[2], y.shape[3], p.parity, y.device), slice(p.start, p.stop)
                 mean, index = _predicted(p, context, features, y_hat, t)
-                symbol = torch.floor(y[:, part] - mean + 0.5) * (index >= tables.SKIP)
-                for whole, found in ((y_hat, mean + symbol), (symbols, symbol), (indices, index)):
+                symbols = Expected(mean, index).symbols(y[:, part])
+                for whole, found in ((y_hat, mean + symbols), (means, mean), (indices, index)):
                     whole[:, part] = torch.where(mask, found, whole[:, part])
-            return y_hat, rate_slope(symbols, y - y_hat, indices)
+            return Expected(means, indices)
 
     def context_slope(self, z: Tensor, y_hat: Tensor, t: Tensor) -> Tensor:
         """Before export: derivative, by each decoded latent, of the bits of those that are predicted from it.
@@ -491,23 +508,26 @@ class Prior(nn.Module):
             as_rows(seen)[:, where, p.start : p.stop] = self._compand(value)
         return y_hat
 
-    def quantise(self, level: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent y [B, M, H, W] as it will be decoded, in quantisation steps, and its `rate_slope`."""
-        asked: list[tuple[Tensor, Tensor]] = []
+    def expect(self, level: Tensor, z: Tensor, y: Tensor) -> Expected:
+        """What is expected of the latent y [B, M, H, W], in quantisation steps, when it is coded with `z`."""
+        asked: list[Request] = []
 
         def answer(request: Request) -> Tensor:
-            symbols = own_symbols(request)
-            asked.append((symbols, request.tables))
-            return symbols
+            asked.append(request)
+            return own_symbols(request)
 
-        y_hat = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
-        slope = y - y_hat
-        rows = as_rows(slope)
+        mean = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
+        table = torch.empty_like(mean)
+        means, indices = as_rows(mean), as_rows(table)
         for p, parts in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
             where, part = positions(*y.shape[2:], p.parity, y.device), slice(p.start, p.stop)
-            symbols, index = (v.unflatten(1, (p.stop - p.start, -1)).transpose(1, 2) for v in parts)
-            rows[:, where, part] = rate_slope(symbols, rows[:, where, part], index)
-        return y_hat, slope
+            index, symbols = (
+                v.unflatten(1, (p.stop - p.start, -1)).transpose(1, 2).to(mean.dtype)
+                for v in (parts.tables, own_symbols(parts))
+            )
+            indices[:, where, part] = index
+            means[:, where, part] -= symbols
+        return Expected(mean, table)
 
     def _compand(self, latent: Tensor) -> Tensor:
         magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()

@@ -38,12 +38,17 @@ class Schedule:
         at the latent, 0 at its symbol.
     rate: first and last factor of the gradient, in (quantisation steps)^2 per bit.
     contexts: whether the bits of symbols that are predicted from a symbol count, too.
+    guess: share kept and factor of a gradient that is estimated (`calotype.models.gradient`) before the first is
+        looked at, if any is.
+    straight: whether gradients go straight past the blocks at 1/16 (`Transforms.synthesise`).
     """
 
     steps: int
     keep: tuple[float, float]
     rate: tuple[float, float]
     contexts: bool = False
+    guess: tuple[float, float] | None = None
+    straight: bool = False
 
     def at(self, step: int) -> tuple[float, float]:
         """(keep, rate) of a step."""
@@ -54,6 +59,10 @@ class Schedule:
 
 ONCE = Schedule(1, (0.75, 0.75), (0.015, 0.015))
 """One look at the errors: what weights are trained, and tables counted, for."""
+
+
+GUESSED = Schedule(1, (0.8, 0.8), (0.013, 0.013), guess=(0.8, 0.015), straight=True)
+"""The same number of multiplications: an estimate first, then one look whose gradient costs less."""
 
 
 def cheaper(y: Tensor, y_hat: Tensor, slope: Tensor, keep: float, rate: float) -> Tensor:
@@ -67,36 +76,42 @@ def cheaper(y: Tensor, y_hat: Tensor, slope: Tensor, keep: float, rate: float) -
     return torch.lerp(y_hat, y, keep).sub_(slope, alpha=rate * BITS)
 
 
-def pull(
-    synthesise: Callable[[Tensor, Tensor], Tensor],
+def error_gradient(
+    synthesise: Callable[..., Tensor],
     y_hat: Tensor,
     pixels: Tensor,
     t: Tensor,
-    rate: float,
     *,
     bf16: bool,
+    straight: bool = False,
 ) -> Tensor:
-    """How far the picture moves a latent: `rate` times the gradient of the squared error; [B, M, H, W].
+    """Gradient of the squared error of the picture by the latent, in bits per quantisation step; [B, M, H, W].
 
     Args:
         y_hat: the latent as it is decoded, in quantisation steps.
         pixels: [B, 3, h, w] in [-0.5, 0.5], at most as large as what is drawn; what is drawn beyond does not count.
         t: [B], quality in [0, 1].
         bf16: whether to multiply in bfloat16, which is good enough here.
+        straight: as in `Schedule`.
     """
     # What was computed in inference mode has no place in a graph: copies have.
     with torch.inference_mode(False), torch.enable_grad():
         y_hat, pixels, t = (v.clone() for v in (y_hat, pixels, t))
         y_hat.requires_grad_()
         with torch.autocast(y_hat.device.type, torch.bfloat16, enabled=bf16):
-            drawn = synthesise(y_hat, t)[..., : pixels.shape[2], : pixels.shape[3]]
+            drawn = synthesise(y_hat, t, straight=straight)[..., : pixels.shape[2], : pixels.shape[3]]
         wrong = squared_error(pixels, t)(drawn).sum()
         (gradient,) = torch.autograd.grad(wrong, y_hat)
-        return gradient.mul_(rate * (FASTER[0] + FASTER[1] * t)[:, None, None, None]).clamp_(-FARTHEST, FARTHEST)
+        return gradient
+
+
+def far(gradient: Tensor, t: Tensor, rate: float) -> Tensor:
+    """How far a gradient [B, M, H, W], in bits per quantisation step, moves a latent, against it; overwrites it."""
+    return gradient.mul_(rate * (FASTER[0] + FASTER[1] * t)[:, None, None, None]).clamp_(-FARTHEST, FARTHEST)
 
 
 def shaped_once(
-    synthesise: Callable[[Tensor, Tensor], Tensor],
+    synthesise: Callable[..., Tensor],
     y: Tensor,
     y_hat: Tensor,
     slope: Tensor,
@@ -105,9 +120,10 @@ def shaped_once(
     *,
     bf16: bool,
 ) -> Tensor:
-    """The latents of whole pictures after `ONCE`; arguments as in `cheaper` and `pull`."""
+    """The latents of whole pictures after `ONCE`; arguments as in `cheaper` and `error_gradient`."""
     keep, rate = ONCE.at(0)
-    return cheaper(y, y_hat, slope, keep, rate) - pull(synthesise, y_hat, pixels, t, rate, bf16=bf16)
+    gradient = error_gradient(synthesise, y_hat, pixels, t, bf16=bf16)
+    return cheaper(y, y_hat, slope, keep, rate) - far(gradient, t, rate)
 
 
 @torch.no_grad()
@@ -115,5 +131,5 @@ def push(network: Hyperprior, x: Tensor, t: Tensor, *, bf16: bool) -> Tensor:
     """In training: how far `ONCE` moves the latents of pictures [B, 3, H, W]; [B, M, H/16, W/16]."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         y = network.analyse(x, t)
-        y_hat, slope = network.prior.rounded(network.hyper_analysis(y), y, t)
+        y_hat, slope = network.prior.estimate(network.hyper_analysis(y), y, t).rounded(y.float())
     return shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=bf16) - y

@@ -54,6 +54,14 @@ class Rates(NamedTuple):
     hyper_bits: Tensor
 
 
+class Analysed(NamedTuple):
+    """A latent [B, M, H/16, W/16] and the features of its analysis: [B, N, H/8, W/8] and [B, K, H/16, W/16]."""
+
+    latent: Tensor
+    fine: Tensor
+    coarse: Tensor
+
+
 class Transforms(nn.Module):
     """See the module's text. Pictures are [B, 3, H, W] in [-0.5, 0.5] with H and W multiples of 16."""
 
@@ -111,20 +119,27 @@ class Transforms(nn.Module):
 
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:
         """Latent y [B, M, H/16, W/16] in quantisation steps, at quality `t` [B] in [0, 1]."""
+        return self.analyse_with_features(x, t).latent
+
+    def analyse_with_features(self, x: Tensor, t: Tensor) -> Analysed:
+        """The latent, as of `analyse`, and what the analysis knows of the picture on the way to it."""
         into, linear = (
             _in_runs(layer.weight.flatten(1).t(), outer, 8).t()
             for layer, outer in ((self.enc_in, 1), (self.enc_linear, 2))
         )
         factors = self.enc_modulation(t)
-        eighth = _gather(x, 8)
+        eighth = gather(x, 8)
         # The layers may be in bfloat16; what goes from one to the next is in float32.
         f = _by_strips(lambda x: _pointwise(x.to(into.dtype), into, self.enc_in.bias) * factors.to(x.dtype), eighth)
-        f = self.enc_coarse(_apply(self.enc_down, self.enc_fine(f)))
-        y = _by_strips(lambda f, x: _apply(self.enc_out, f) + _pointwise(_gather(x, 2), linear), f, eighth)
-        return y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None])
+        fine = self.enc_fine(f)
+        coarse = self.enc_coarse(_apply(self.enc_down, fine))
+        y = _by_strips(lambda f, x: _apply(self.enc_out, f) + _pointwise(gather(x, 2), linear), coarse, eighth)
+        return Analysed(y.float() * (self.enc_step(t) / base_step(t)[:, None, None, None]), fine, coarse)
 
-    def synthesise(self, y_hat: Tensor, t: Tensor, scale: int = 1) -> Tensor:
+    def synthesise(self, y_hat: Tensor, t: Tensor, scale: int = 1, *, straight: bool = False) -> Tensor:
         """Picture [B, 3, 16 H / scale, 16 W / scale], around [-0.5, 0.5], from a latent in quantisation steps.
+
+        `straight` changes no pixel: gradients then go straight past the blocks at 1/16, as if these added a constant.
 
         With `scale` 2, 4 or 8 each pixel is the mean of scale x scale pixels: the last linear layers give the means
         directly, so the large picture is never made.
@@ -140,13 +155,19 @@ class Transforms(nn.Module):
         )  # fmt: skip
         up_bias, out_bias = _in_runs(self.dec_up.bias, 1, 2), _in_runs(self.dec_out.bias, 1, 8, scale)
         factors = self.dec_modulation(t)
-        f = self.dec_coarse(self.dec_in(y))
-        f = _by_strips(lambda f: _spread(_pointwise(f, up, up_bias), 2) * factors.to(f.dtype), f)
+        f = self.dec_in(y)
+        if straight:
+            with torch.no_grad():
+                added = self.dec_coarse(f) - f
+            f = f + added
+        else:
+            f = self.dec_coarse(f)
+        f = _by_strips(lambda f: spread(_pointwise(f, up, up_bias), 2) * factors.to(f.dtype), f)
         rough = self.dec_rough if self.dec_rough is not None and bool((t >= ROUGH_FROM).all()) else None
         f = self.dec_fine(f) if rough is None else rough(f)
 
         def draw(y: Tensor, f: Tensor) -> Tensor:
-            return _spread(_pointwise(f, out, out_bias) + _spread(_pointwise(y, linear), 2), 8 // scale)
+            return spread(_pointwise(f, out, out_bias) + spread(_pointwise(y, linear), 2), 8 // scale)
 
         return _by_strips(draw, y, f).float()
 
@@ -176,14 +197,14 @@ def _in_runs(parameter: Tensor, outer: int, inner: int, scale: int = 1) -> Tenso
     return parameter.movedim((1, 3, 2, 4, 0), (0, 1, 2, 3, 4)).flatten(0, 4)
 
 
-def _gather(x: Tensor, factor: int) -> Tensor:
+def gather(x: Tensor, factor: int) -> Tensor:
     """Pixel unshuffle into channels (row, column, channel)."""
     batch, _, height, width = x.shape
     x = x.permute(0, 2, 3, 1).reshape(batch, height // factor, factor, width // factor, -1)
     return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
 
 
-def _spread(x: Tensor, factor: int) -> Tensor:
+def spread(x: Tensor, factor: int) -> Tensor:
     """Pixel shuffle of channels (row, column, channel)."""
     batch, _, height, width = x.shape
     x = x.permute(0, 2, 3, 1).unflatten(3, (factor, -1)).transpose(2, 3)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from calotype.models.gradient import LearnedGradient
     from calotype.models.hyperprior import Hyperprior
     from calotype.models.mixture import Mixture
     from calotype.models.video import Video
@@ -39,8 +40,8 @@ class WeightsError(LookupError):
 
 
 @dataclass(frozen=True)
-class Synthesis:
-    """Weights for drawing that replace those of a model."""
+class Companion:
+    """Weights that go with those of a model."""
 
     weights: Path
     sha256: str
@@ -54,7 +55,9 @@ class ModelSpec:
         id: number in file headers.
         architecture: the network that the weights fill.
         tune: what it was trained for.
-        visual: a second synthesis for the same latents, for how pictures look, if there is one.
+        visual: a second synthesis for the same latents, for how pictures look, if there is one; its weights replace
+            those of the model.
+        gradient: an estimate of the gradient of the error (`calotype.models.gradient`), if there is one.
         key_frames: the model that codes the key frames of a video model.
         superseded_by: the model that new files are written with in its place; this one is there for older files.
     """
@@ -67,7 +70,8 @@ class ModelSpec:
     sha256: str
     card: Path
     tune: Tune
-    visual: Synthesis | None
+    visual: Companion | None
+    gradient: Companion | None
     key_frames: str | None
     superseded_by: str | None
 
@@ -161,11 +165,14 @@ def _index() -> dict[str, ModelSpec]:
         name: ModelSpec(
             name, e["id"], e["architecture"], e["summary"], WEIGHTS / e["file"], e["sha256"], CARDS / f"{name}.md",
             e.get("tune", "psnr"),
-            Synthesis(WEIGHTS / e["visual"]["file"], e["visual"]["sha256"]) if "visual" in e else None,
-            e.get("key_frames"), e.get("superseded_by"),
+            _companion(e, "visual"), _companion(e, "gradient"), e.get("key_frames"), e.get("superseded_by"),
         )
         for name, e in entries.items()
     }  # fmt: skip
+
+
+def _companion(entry: Mapping[str, Any], part: str) -> Companion | None:
+    return Companion(WEIGHTS / entry[part]["file"], entry[part]["sha256"]) if part in entry else None
 
 
 def _read_verified(name: str, path: Path, sha256: str) -> bytes:
@@ -185,8 +192,9 @@ def verify_weights(name: str) -> None:
     """Check the SHA-256 of all weights of a model. Raises WeightsError if they are missing or differ."""
     spec = describe(name)
     _read_verified(name, spec.weights, spec.sha256)
-    if spec.visual is not None:
-        _read_verified(name, spec.visual.weights, spec.visual.sha256)
+    for part in (spec.visual, spec.gradient):
+        if part is not None:
+            _read_verified(name, part.weights, part.sha256)
 
 
 @functools.cache
@@ -210,9 +218,7 @@ def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune | None) -> nn.M
 
     from calotype.models.exact import integerise
 
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    network = integerise(architecture(spec.architecture, json.loads(metadata["config"])))
+    network = integerise(architecture(spec.architecture, _config(data)))
     tensors = load_tensors(data)
     if tune not in (None, spec.tune):
         if spec.visual is None:
@@ -222,6 +228,33 @@ def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune | None) -> nn.M
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     network = network.to(memory_format=layout(torch.device(device)))  # type: ignore[call-overload]
     return network.to(device).requires_grad_(False)
+
+
+@functools.cache
+def load_gradient(name: str, device: str = "cpu") -> LearnedGradient | None:
+    """What estimates gradients for a shipped model's encoder, on `device`, if there is such. Raises WeightsError."""
+    import torch
+
+    part = describe(name).gradient
+    if part is None:
+        return None
+    data = _read_verified(name, part.weights, part.sha256)
+    with torch.inference_mode(False):
+        from safetensors.torch import load as load_tensors
+
+        from calotype.models.gradient import GradientConfig, LearnedGradient
+
+        network = LearnedGradient(GradientConfig(**_config(data)))
+        network.load_state_dict(load_tensors(data))  # float16 there, float32 here
+        network = network.to(memory_format=layout(torch.device(device)))  # type: ignore[call-overload]
+        return network.to(device).requires_grad_(False)
+
+
+def _config(data: bytes) -> dict[str, Any]:
+    """The settings of an architecture in a file of weights."""
+    length = int.from_bytes(data[:8], "little")
+    config: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["config"])
+    return config
 
 
 def layout(device: torch.device) -> torch.memory_format:
@@ -250,6 +283,15 @@ def save_synthesis(network: Hyperprior, path: Path) -> str:
     from safetensors.torch import save as save_tensors
 
     return _replace(path, save_tensors({k: v for k, v in shipped(network).items() if k.startswith(SYNTHESIS)}))
+
+
+def save_gradient(network: LearnedGradient, path: Path) -> str:
+    """Write the shipped form of a network that estimates gradients. Returns the SHA-256."""
+    import torch
+    from safetensors.torch import save as save_tensors
+
+    tensors = {k: v.to(torch.float16).contiguous() for k, v in network.state_dict().items()}
+    return _replace(path, save_tensors(tensors, {"config": json.dumps(asdict(network.config), sort_keys=True)}))
 
 
 def _replace(path: Path, data: bytes) -> str:

@@ -56,12 +56,13 @@ def test_bits_grow_with_the_error_of_a_zero() -> None:
     assert slope[0, 3] == 0  # never coded, so free
 
 
-def test_quantising_gives_what_is_decoded(network: Hyperprior, face: Picture) -> None:
+def test_rounding_as_expected_gives_what_is_decoded(network: Hyperprior, face: Picture) -> None:
     quality = torch.tensor([550])
     with torch.inference_mode():
         y = network.analyse(_tensor(face), quality / 1000)
         z = network.hyper_analysis(y)
-        y_hat, slope = network.quantise(quality, z, y)
+        expected = network.expect(quality, z, y)
+        y_hat, slope = expected.rounded(y)
         asked: list[Request] = []
 
         def answer(request: Request) -> Tensor:
@@ -70,6 +71,7 @@ def test_quantising_gives_what_is_decoded(network: Hyperprior, face: Picture) ->
 
         decoded = drive(network.code((1, *y.shape[2:]), quality, y, z), answer)
     assert torch.equal(y_hat, network.dequantise(decoded))
+    assert torch.equal(expected.table[:, network.prior.passes[-1].start :].flatten(), asked[-1].tables.float().flatten())
     start = network.prior.passes[-1].start
     symbols, index = (part.view_as(slope[:, start:]) for part in (own_symbols(asked[-1]), asked[-1].tables))
     coded = index >= tables.SKIP
@@ -89,7 +91,7 @@ def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyper
         pushed = y + shaping.push(trained.eval(), x, t, bf16=False)
     whole = Box(0, 0, *y.shape[2:])
     with torch.inference_mode():
-        better = Improver(network, CPU, "psnr").improve(face.pixels, y.clone(), [[whole]], 600, 5, None)
+        better = Improver(network, CPU, "psnr").improve(face.pixels, (y.clone(),), [[whole]], 600, 5, None)
     assert better is not None
     moved, push = better.latent - y, pushed - y
     assert moved.abs().mean() > 0.01
@@ -110,8 +112,9 @@ def test_a_schedule_goes_from_its_first_values_to_its_last() -> None:
 def test_no_picture_pulls_a_latent_far(network: Hyperprior) -> None:
     pixels = torch.ones(1, 3, 64, 64) * 0.5
     y_hat = torch.full((1, network.latent_channels, 4, 4), -100.0)
-    pull = shaping.pull(network.synthesise, y_hat, pixels, torch.tensor([1.0]), 1.0, bf16=False)
-    assert pull.abs().max() == shaping.FARTHEST
+    t = torch.tensor([1.0])
+    gradient = shaping.error_gradient(network.synthesise, y_hat, pixels, t, bf16=False)
+    assert shaping.far(gradient, t, 1.0).abs().max() == shaping.FARTHEST
 
 
 @pytest.mark.parametrize("quality", [5, 60, 95])

@@ -37,6 +37,7 @@ from calotype.models.training.clips import find_clips, load_clips
 from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb
 from calotype.models.training.export import export_weights
+from calotype.models.training.gradient import GradientTask
 from calotype.models.training.optim import Muon, build_optimizers, orthogonalise
 from calotype.models.training.recipe import Recipe, load_recipe
 from calotype.models.training.tasks import loss_per_sample
@@ -233,6 +234,45 @@ def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp
     assert whole.name == "visual.safetensors"
     with pytest.raises(ValueError, match="start_from"):
         Trainer(recipe(photos_folder, tmp_path / "b", "stage=visual"), CPU, resume=False)
+
+
+def _task(trainer: Trainer) -> GradientTask:
+    assert isinstance(trainer.task, GradientTask)
+    return trainer.task
+
+
+def test_gradients_are_estimated_for_weights_that_stay(codec: Codec, photos_folder: Path, tmp_path: Path) -> None:
+    start = f"start_from={codec.spec.weights}"
+    made = recipe(photos_folder, tmp_path, "stage=gradient", "steps=12", "warmup_steps=1", "log_every=1", start)
+    trainer = Trainer(made, CPU, resume=False)
+    untrained = trainer.task.validate()
+    encoder = {name: p.clone() for name, p in _task(trainer).encoder.named_parameters()}
+    trained = trainer.run()
+    assert trained.measure == "R2"
+    assert trained.loss < untrained.loss
+    assert len(trained.points) == 6
+    assert all(0 < coded < 1 for coded, _ in trained.points)
+    for name, parameter in _task(trainer).encoder.named_parameters():
+        assert torch.equal(parameter, encoder[name]), name
+
+    weights = tmp_path / "weights"
+    shutil.copytree(zoo.WEIGHTS, weights)
+    path = export_weights(tmp_path / CHECKPOINT, "hyperprior", weights, gradient=True)
+    index = json.loads((weights / zoo.INDEX).read_text())
+    assert index["hyperprior"]["gradient"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    up = load_file(path)["up.weight"]
+    assert torch.equal(up, trainer.ema["up.weight"].half())
+    with pytest.raises(ValueError, match="leave out the tune"):
+        export_weights(tmp_path / CHECKPOINT, "hyperprior", weights, gradient=True, tune="visual")
+    with pytest.raises(ValueError, match="does not hold"):
+        export_weights(codec.spec.weights, "hyperprior", weights, gradient=True)
+    torch.save({"ema": dict(Hyperprior().named_parameters())}, tmp_path / "other.pt")
+    export_weights(tmp_path / "other.pt", "hyperprior", weights)
+    assert "gradient" not in json.loads((weights / zoo.INDEX).read_text())["hyperprior"]
+    with pytest.raises(ValueError, match="start_from"):
+        Trainer(recipe(photos_folder, tmp_path / "b", "stage=gradient"), CPU, resume=False)
+    with pytest.raises(ValueError, match="looks at no gradients"):
+        Trainer(recipe(photos_folder, tmp_path / "c", "stage=gradient", "model=visual", start), CPU, resume=False)
 
 
 def test_latents_are_shaped_in_training_from_a_step_on(

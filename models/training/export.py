@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from calotype.models import zoo
+from calotype.models.gradient import LearnedGradient
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.mixture import Mixture
 from calotype.models.training import codebooks
@@ -27,6 +28,7 @@ def export_weights(
     clips: Path | None = None,
     tune: zoo.Tune | None = None,
     keep: str | None = None,
+    gradient: bool = False,
 ) -> Path:
     """Write the averaged weights of `checkpoint` as NAME.safetensors into `folder` and update its index.
 
@@ -40,6 +42,8 @@ def export_weights(
             is trained for means all of it.
         keep: a name under which the present weights stay, with their second synthesis, for the files and the key
             frames that they code; otherwise nothing reads those any more.
+        gradient: only NAME-gradient.safetensors, which estimates gradients for the weights that are in the folder
+            (`calotype.models.gradient`); new weights of the model leave it behind.
     Returns:
         The weights' path.
     Raises:
@@ -50,6 +54,16 @@ def export_weights(
     index = json.loads(index_path.read_text(encoding="utf-8"))
     if keep in index:
         raise ValueError(f"there is a model {keep} already: keep the present weights of {name} under another name")
+    if gradient:
+        if keep is not None or tune is not None:
+            raise ValueError("gradients are estimated for weights as they are: leave out the tune and the name to keep")
+        estimate = LearnedGradient()
+        if not zoo.load_parameters(estimate, checkpoint):
+            raise ValueError(f"{checkpoint} does not hold an estimate of gradients")
+        path = folder / f"{name}-gradient.safetensors"
+        index[name]["gradient"] = {"file": path.name, "sha256": zoo.save_gradient(estimate, path)}
+        index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return path
     network = zoo.architecture(index[name]["architecture"])
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
@@ -76,6 +90,7 @@ def export_weights(
         fit_prior(network.eval(), key_frame_model(zoo.describe(name)), clips)
     if keep is not None:
         _supersede(index, name, keep, folder)
+    index[name].pop("gradient", None)
     path = folder / index[name]["file"]
     index[name]["sha256"] = zoo.save(network, path)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

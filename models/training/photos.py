@@ -82,7 +82,7 @@ def fit_image_prior(model: Hyperprior, folder: Path, *, shaped: bool) -> None:
         y = network.analyse(x, t)
         z = network.hyper_analysis(y)
         if shaped:
-            y_hat, slope = network.quantise(quality, z, y)
+            y_hat, slope = network.expect(quality, z, y).rounded(y)
             y = shaping.shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=False)
         counts.of(network.code((1, *y.shape[2:]), quality, y, z))
     model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))

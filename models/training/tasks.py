@@ -29,7 +29,8 @@ class Losses(NamedTuple):
 class Validation:
     """Means over the validation set: per quality (estimated bpp, `measure`), and the loss.
 
-    The measure is PSNR in dB of 8 bits; for a prior of tokens, which draws nothing, its share of log2 K bits.
+    The measure is PSNR in dB of 8 bits; where nothing is drawn, for a prior of tokens its share of log2 K bits, for
+    estimated gradients what share of their variance is explained.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -73,6 +74,7 @@ def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Tas
 
     Raises WeightsError, FileNotFoundError, ValueError for unusable settings.
     """
+    from calotype.models.training.gradient import GradientTask
     from calotype.models.training.photos import PhotoTask
     from calotype.models.training.video import ClipTask
     from calotype.models.training.visual import VisualTask
@@ -80,6 +82,8 @@ def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Tas
 
     if recipe.model == "vqgan":
         return TokenTask(recipe, device, seed) if recipe.stage == "tokens" else PictureTask(recipe, device, seed, step)
+    if recipe.stage == "gradient":
+        return GradientTask(recipe, device, seed)
     if recipe.stage == "visual":
         return VisualTask(recipe, device, seed, step)
     return ClipTask(recipe, device, seed) if recipe.model == "video" else PhotoTask(recipe, device, seed, step)
