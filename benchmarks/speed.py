@@ -124,8 +124,8 @@ def shares(codec: Codec, pictures: list[Picture], quality: float) -> dict[str, d
 def complexity(network: Hyperprior, estimate: LearnedGradient, side: int = 512) -> dict[str, float]:
     """Multiply-accumulates per pixel, in thousands: analysis with hyper-analysis, entropy networks, synthesis.
 
-    And what an encoder looks at once each at effort 5, after the entropy networks: the estimated gradient, and synthesis
-    with its own.
+    And what an encoder looks at once each at effort 5, after the entropy networks: the estimated gradient, and
+    synthesis with its own.
     """
     integer = 0.0
 

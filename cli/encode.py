@@ -56,11 +56,11 @@ _SCHEMA = "calotype.encode/1"
 @click.option(
     "-e",
     "--effort",
-    type=click.Choice(["3", "5", "7", "9"]),
+    type=click.Choice(["3", "4", "5", "7", "9"]),
     default="5",
     show_default=True,
-    help="Encoding time for smaller files at equal quality, or with vqgan for better pictures: 3 is the fastest, 7 "
-    "and 9 take many times as long as 5. Decoding stays as fast.",
+    help="Encoding time for smaller files at equal quality, or with vqgan for better pictures: 3 is the fastest, "
+    "with 4 close to it, 7 and 9 take many times as long as 5. Decoding stays as fast.",
 )
 @tune_option("Make files of least error (the model hyperprior), or that look like the original (the model visual).")
 @click.option(

@@ -35,7 +35,7 @@ DEFAULT_MODEL = MODELS["psnr"]
 DEFAULT_QUALITY = 60.0
 DEFAULT_TILE = 1024
 DEFAULT_EFFORT = 5
-EFFORTS = (3, 5, 7, 9)
+EFFORTS = (3, 4, 5, 7, 9)
 METADATA = ("icc", "exif", "xmp")
 SCALES = (1, 2, 4, 8)
 Progress = Callable[[float], None]
@@ -178,10 +178,10 @@ class Codec:
             target: end just below a size or rate, or at a PSNR; with a model of tokens the best of every fifth quality
                 that is no larger, or the first that reaches the PSNR.
             tile: side in pixels of the tiles that can be decoded alone: 256, 512, 1024, 2048 or 4096.
-            effort: 3, 5, 7 or 9: time to encode for smaller files at equal quality; decoding stays as it is. At 3 the
-                symbols are those next to the latent; from 5 on those whose errors cancel, looked for 1, 6 or 20 times.
-                Models that are not made for least error are alike at 3 and 5: `visual` refines its latents by 6 or 20
-                steps at 7 and 9, `vqgan` searches for tokens by 10 or 48.
+            effort: 3, 4, 5, 7 or 9: time to encode for smaller files at equal quality; decoding stays as it is. At 3
+                symbols are those next to the latent; from 4 on those whose errors cancel: by an estimate, from 5 on
+                looked for 1, 6 or 20 times. Models that are not made for least error are alike at 3 to 5: `visual`
+                refines its latents by 6 or 20 steps at 7 and 9, `vqgan` searches for tokens by 10 or 48.
             metadata: which of "icc", "exif" and "xmp" are kept.
             packets: 1 to 32 parts of each tile that can be lost one by one; above 1 with models of tokens only.
             progress: called with the fraction that is done.

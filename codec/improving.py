@@ -29,6 +29,7 @@ from calotype.models.zoo import Tune, layout
 from calotype.windows import Box, Progress, grid
 
 SHAPING: dict[int, shaping.Schedule] = {
+    4: shaping.ESTIMATED,
     5: shaping.GUESSED,
     7: shaping.Schedule(6, (0.78, 0.91), (0.022, 0.0045)),
     9: shaping.Schedule(20, (0.84, 0.95), (0.0165, 0.0027), contexts=True),
@@ -78,11 +79,16 @@ class Improver:
 
     def estimates(self, effort: int) -> bool:
         """Whether a latent is improved with the help of features of its analysis at this effort."""
-        return self.tune == "psnr" and effort in SHAPING and self._schedule(effort).guess is not None
+        schedule = self._schedule(effort)
+        return isinstance(schedule, shaping.Schedule) and schedule.guess is not None
 
-    def _schedule(self, effort: int) -> shaping.Schedule:
-        schedule = SHAPING[effort]
-        return schedule if self.gradient is not None or schedule.guess is None else shaping.ONCE
+    def _schedule(self, effort: int) -> shaping.Schedule | Schedule | None:
+        if self.tune != "psnr":
+            return REFINEMENT.get(effort)
+        schedule = SHAPING.get(effort)
+        if schedule is None or schedule.guess is None or self.gradient is not None:
+            return schedule
+        return shaping.ONCE if schedule.steps else None
 
     def improve(
         self,
@@ -100,15 +106,16 @@ class Improver:
                 of `Analysed` where `estimates` says so.
             groups: the tiles, as boxes of the latent; those of a group, which are alike in shape, are coded together.
         """
-        if effort not in (SHAPING if self.tune == "psnr" else REFINEMENT):
+        schedule = self._schedule(effort)
+        if schedule is None:
             return None
         latent, *features = analysed
         hyper = [self.network.hyper_analysis(windows.stack(latent, boxes, self.device)) for boxes in groups]
         picture = _Picture(pixels, latent, tuple(features), groups, hyper, quality)
-        if self.tune == "psnr":
-            better = self._shape(picture, self._schedule(effort), progress)
+        if isinstance(schedule, shaping.Schedule):
+            better = self._shape(picture, schedule, progress)
         else:
-            better = self._refine(picture, REFINEMENT[effort], progress)
+            better = self._refine(picture, schedule, progress)
         return Improved(self.network, better, hyper)
 
     @functools.cached_property
@@ -122,22 +129,26 @@ class Improver:
         seen, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
         integer = torch.tensor([quality], device=self.device)
         t = integer.float() / QUALITY_STEPS
-        for step in range(schedule.steps):
-            report = windows.part(progress, step / schedule.steps, 1 / schedule.steps)
+        rounded = torch.empty_like(latent)
+        for step in range(max(1, schedule.steps)):
             keep, rate = schedule.at(step)
-            rounded = torch.empty_like(latent)
             for boxes, z in zip(groups, hyper, strict=True):
                 y = windows.stack(latent, boxes, self.device)
                 expected = self.network.expect(integer.expand(len(boxes)), z, y)
                 y_hat, slope = expected.rounded(y)
-                if features and step == 0:
-                    y = self._guessed(y, y_hat, slope, features, boxes, t, schedule)
+                if schedule.guess is not None and step == 0:
+                    y = self._guessed(y, y_hat, slope, features, boxes, t, schedule.guess)
                     y_hat, slope = expected.rounded(y)  # as if the means didn't move
                 if schedule.contexts:
                     slope += self._differentiable.prior.context_slope(z, y_hat, t.expand(len(boxes)))
-                for box, decoded, cheap in zip(boxes, y_hat, shaping.cheaper(y, y_hat, slope, keep, rate), strict=True):
+                if schedule.steps:
+                    y = shaping.cheaper(y, y_hat, slope, keep, rate)
+                for box, decoded, moved in zip(boxes, y_hat, y, strict=True):
                     rounded[(0, slice(None), *box.slices)] = decoded
-                    latent[(0, slice(None), *box.slices)] = cheap
+                    latent[(0, slice(None), *box.slices)] = moved
+            if not schedule.steps:
+                break
+            report = windows.part(progress, step / schedule.steps, 1 / schedule.steps)
             parts = grid(whole, WINDOW)
             for count, window in enumerate(parts, 1):
                 # Half the halo: what lies farther away hardly matters.
@@ -160,12 +171,11 @@ class Improver:
         features: tuple[Tensor, ...],
         boxes: Sequence[Box],
         t: Tensor,
-        schedule: shaping.Schedule,
+        guess: tuple[float, float],
     ) -> Tensor:
         """The latents y [B, M, h, w] of tiles, moved by the gradient as it is estimated."""
         assert self.gradient is not None
-        assert schedule.guess is not None
-        keep, rate = schedule.guess
+        keep, rate = guess
         fine, coarse = (windows.stack(f, boxes, self.device, n) for f, n in zip(features, (2, 1), strict=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             gradient = self.gradient(y_hat - y, Analysed(y, fine, coarse), t)

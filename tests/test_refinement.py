@@ -45,7 +45,8 @@ def test_effort_5_is_the_default(codec: Codec, name: str) -> None:
 @pytest.mark.parametrize("quality", [25, 75])
 def test_more_effort_makes_better_files(codec: Codec, photo: Picture, quality: float) -> None:
     face = Picture(np.ascontiguousarray(photo.pixels[20:212, 80:272]))
-    plain, some, more, most = (objective(codec, face, quality, effort) for effort in (3, 5, 7, 9))
+    plain, little, some, more, most = (objective(codec, face, quality, effort) for effort in (3, 4, 5, 7, 9))
+    assert some < little < plain
     assert some < 0.995 * plain
     assert more < 0.995 * some
     assert most < more
@@ -87,9 +88,9 @@ def test_a_target_holds_with_effort(codec: Codec, fur: Picture) -> None:
 
 @pytest.mark.parametrize("effort", [0, 6, 10])
 def test_bad_effort(codec: Codec, fur: Picture, effort: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="effort must be one of 3, 5, 7, 9"):
+    with pytest.raises(InputError, match="effort must be one of 3, 4, 5, 7, 9"):
         codec.encode(fur, effort=effort)
-    with pytest.raises(InputError, match="effort must be one of 3, 5, 7, 9"):
+    with pytest.raises(InputError, match="effort must be one of 3, 4, 5, 7, 9"):
         parse_spec(f"calotype:hyperprior@{effort}:q50+60").open()
     result = CliRunner().invoke(root, ["encode", "-e", str(effort), str(tmp_path / "none.png")])
     assert result.exit_code == 2

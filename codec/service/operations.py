@@ -75,7 +75,7 @@ class EncodeQuery(Query):
     target_bpp: Positive | None = Field(None, description="Most bits per pixel of the file.")
     target_psnr: Positive | None = Field(None, description="PSNR to reach, in dB.")
     tile: Literal["256", "512", "1024", "2048", "4096"] = Field("1024", description="Side of a tile in pixels.")
-    effort: Literal["3", "5", "7", "9"] = Field("5", description="7 and 9: much more time for smaller files.")
+    effort: Literal["3", "4", "5", "7", "9"] = Field("5", description="7 and 9: much more time for smaller files.")
     tune: zoo.Tune | None = Field(None, description="psnr: the model hyperprior. visual: the model visual.")
     packets: int = Field(
         1, ge=1, le=container.MAX_PACKETS, description="Parts of a tile that can be lost; models of tokens."
