@@ -24,6 +24,7 @@ from calotype.rate import QUALITY_STEPS, Target
 if TYPE_CHECKING:
     import torch
 
+    from calotype.models.gradient import LearnedGradient
     from calotype.picture import DecodeJob, PictureCoder
     from calotype.stopwatch import Stopwatch
     from calotype.tokens import TokenCoder, Tokens
@@ -133,7 +134,13 @@ def _coder(name: str, device: str, tune: zoo.Tune | None) -> PictureCoder | Toke
         raise ModelNotFoundError(f"model {name!r} does not code still pictures")
     # A second synthesis draws, but files don't depend on it.
     encoder = None if tune is None else functools.partial(zoo.load, name, str(chosen), None)
-    gradient = functools.partial(zoo.load_gradient, name, str(chosen))
+
+    def gradient() -> LearnedGradient | None:
+        try:
+            return zoo.load_gradient(name, str(chosen))
+        except zoo.WeightsError as error:
+            raise ModelNotFoundError(str(error)) from error
+
     return PictureCoder(network, chosen, tune=zoo.describe(name).tune, encoder=encoder, gradient=gradient)
 
 

@@ -18,6 +18,7 @@ import torch
 from calotype import api, container
 from calotype.api import Codec
 from calotype.errors import ModelNotFoundError
+from calotype.media import Picture
 from calotype.models import zoo
 from calotype.models.exact import IntConv, integerise
 from calotype.models.hyperprior import Hyperprior, HyperpriorConfig
@@ -28,7 +29,7 @@ from calotype.video.gop import video_format
 
 
 def forget() -> None:
-    for cached in (zoo._index, zoo.load, api._coder):
+    for cached in (zoo._index, zoo.load, zoo.load_gradient, api._coder):
         cached.cache_clear()
 
 
@@ -83,6 +84,21 @@ def test_tampered_weights_are_refused(folder: Path, place: int) -> None:
         Codec.load(device="cpu")
 
 
+def test_tampered_estimate_stops_only_encoders(folder: Path) -> None:
+    from conftest import synthesise
+
+    data = api.encode(synthesise(16, 16), device="cpu", effort=3)
+    path = folder / "hyperprior-gradient.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    forget()
+    with pytest.raises(ModelNotFoundError, match="SHA-256"):
+        api.verify_model("hyperprior")
+    codec = Codec.load(device="cpu")
+    codec.decode(data)
+    with pytest.raises(ModelNotFoundError, match="SHA-256"):
+        codec.encode(Picture(synthesise(16, 16)))
+
+
 def test_missing_weights_are_refused(folder: Path) -> None:
     (folder / "hyperprior.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match="cannot be read"):
@@ -120,6 +136,8 @@ def test_weights_stay_for_the_files_that_they_wrote(folder: Path) -> None:
     assert "hyperprior-old" in zoo.names(superseded=True)
     assert zoo.describe("hyperprior-old").superseded_by == "hyperprior"
     assert zoo.describe("hyperprior").visual is None
+    assert zoo.describe("hyperprior").gradient is None
+    assert zoo.load_gradient("hyperprior-old") is not None
     zoo.verify_weights("hyperprior-old")
     assert np.array_equal(api.decode(data, device="cpu"), plain)
     assert np.array_equal(api.decode(data, device="cpu", tune="visual"), visual)

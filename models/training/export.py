@@ -100,11 +100,11 @@ def export_weights(
 def _supersede(index: dict[str, dict[str, Any]], name: str, kept: str, folder: Path) -> None:
     """Move the present weights of a model to the name `kept`."""
     old = index[kept] = index[name] | {"superseded_by": name}
-    visual = index[name].pop("visual", None)
-    for part, file in ((old, f"{kept}.safetensors"), (visual, f"{kept}-visual.safetensors")):
-        if part is not None:
-            (folder / part["file"]).rename(folder / file)
-            part["file"] = file
+    parts = {"": old} | {f"-{part}": index[name].pop(part) for part in ("visual", "gradient") if part in old}
+    for suffix, part in parts.items():
+        file = f"{kept}{suffix}.safetensors"
+        (folder / part["file"]).rename(folder / file)
+        part["file"] = file
     for entry in index.values():
         if entry.get("key_frames") == name:
             entry["key_frames"] = kept
