@@ -63,7 +63,7 @@ ONCE = Schedule(1, (0.75, 0.75), (0.015, 0.015))
 
 ESTIMATED = Schedule(0, ONCE.keep, ONCE.rate, guess=(0.75, 0.015))
 """No look at all: only the estimate."""
-GUESSED = Schedule(1, (0.8, 0.8), (0.013, 0.013), guess=(0.8, 0.015), straight=True)
+GUESSED = Schedule(1, ONCE.keep, ONCE.rate, guess=(0.82, 0.013), straight=True)
 """The same number of multiplications: an estimate first, then one look whose gradient costs less."""
 
 
