@@ -142,7 +142,7 @@ class Improver:
                 if schedule.contexts:
                     slope += self._differentiable.prior.context_slope(z, y_hat, t.expand(len(boxes)))
                 if schedule.steps:
-                    y = shaping.cheaper(y, y_hat, slope, keep, rate)
+                    y = shaping.cheaper(y, y_hat, slope, keep, rate, schedule.bits)
                 for box, decoded, moved in zip(boxes, y_hat, y, strict=True):
                     rounded[(0, slice(None), *box.slices)] = decoded
                     latent[(0, slice(None), *box.slices)] = moved

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from calotype.models.hyperprior import Hyperprior
 
 BITS = 2 / 3
-"""Weight of a symbol's own bits against what is wrong with the picture; the best of those tried."""
+"""Weight of a symbol's own bits against what is wrong with the picture, the best of those tried."""
 FASTER = 0.9, 0.3
 """A rate is multiplied by the first plus the second times the quality in [0, 1]."""
 FARTHEST = 1.0
@@ -41,6 +41,7 @@ class Schedule:
     guess: share kept and factor of a gradient that is estimated (`calotype.models.gradient`) before the first is
         looked at, if any is.
     straight: whether gradients go straight past the blocks at 1/16 (`Transforms.synthesise`).
+    bits: weight of a symbol's own bits against what is wrong with the picture.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class Schedule:
     contexts: bool = False
     guess: tuple[float, float] | None = None
     straight: bool = False
+    bits: float = BITS
 
     def at(self, step: int) -> tuple[float, float]:
         """(keep, rate) of a step."""
@@ -63,19 +65,20 @@ ONCE = Schedule(1, (0.75, 0.75), (0.015, 0.015))
 
 ESTIMATED = Schedule(0, ONCE.keep, ONCE.rate, guess=(0.75, 0.015))
 """No look at all: only the estimate."""
-GUESSED = Schedule(1, ONCE.keep, ONCE.rate, guess=(0.82, 0.013), straight=True)
+GUESSED = Schedule(1, (0.7, 0.7), (0.017, 0.017), guess=(0.82, 0.013), straight=True, bits=0.55)
 """The same number of multiplications: an estimate first, then one look whose gradient costs less."""
 
 
-def cheaper(y: Tensor, y_hat: Tensor, slope: Tensor, keep: float, rate: float) -> Tensor:
+def cheaper(y: Tensor, y_hat: Tensor, slope: Tensor, keep: float, rate: float, bits: float = BITS) -> Tensor:
     """The latent, on its way to its symbols, before it is moved for the sake of the picture; all [B, M, H, W].
 
     Args:
         y, y_hat: the latent, and as it is decoded, in quantisation steps.
         slope: `calotype.models.priors.rate_slope`.
         keep, rate: of `Schedule.at`.
+        bits: as in `Schedule`.
     """
-    return torch.lerp(y_hat, y, keep).sub_(slope, alpha=rate * BITS)
+    return torch.lerp(y_hat, y, keep).sub_(slope, alpha=rate * bits)
 
 
 def error_gradient(
