@@ -27,8 +27,8 @@ from calotype.models.quantizers import Modulation, base_step
 
 STRIDE = 16
 """Pixels per latent position, each way."""
-ROUGH_FROM = 0.4
-"""Quality from which the last block, too, may be computed in bfloat16."""
+ROUGH_FROM = 0.5
+"""Quality from which half of the blocks at 1/8, not only the first, may be computed in bfloat16."""
 _STRIP = 512
 """Positions that pointwise layers compute at a time on a CPU."""
 
@@ -86,7 +86,7 @@ class Transforms(nn.Module):
         self.dec_modulation = Modulation(c.fine)
         self.dec_step = Modulation(c.latent)
         self.dec_rough: nn.Sequential | None = None
-        """`dec_fine` with all products in bfloat16, in an economical network."""
+        """`dec_fine` with more products in bfloat16, in an economical network."""
 
         start_as_dct(self.enc_linear, self.dec_linear, STRIDE, self.enc_out, self.dec_out)
 
@@ -103,8 +103,9 @@ class Transforms(nn.Module):
     def economical(self) -> Self:
         """A network that shares its weights with this one and mostly multiplies in bfloat16 (`Bfloat16Block`).
 
-        Its pixels differ by less than 1/255, before rounding, from what float32 gives. For that the last block, which
-        draws the finest detail, must be in float32 where quantisation steps are large: below `ROUGH_FROM`.
+        Its pixels differ by less than 1/255, before rounding, from what float32 gives. For that the last blocks,
+        which draw the finest detail, must be in float32: all but the first where quantisation steps are large, below
+        `ROUGH_FROM`.
         """
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
@@ -112,9 +113,10 @@ class Transforms(nn.Module):
             setattr(twin, name, copy.deepcopy(getattr(self, name)).bfloat16())
         for name in ("enc_fine", "enc_coarse", "dec_coarse"):
             setattr(twin, name, in_bfloat16(getattr(self, name)))
-        *early, last = self.dec_fine.children()
-        twin.dec_fine = nn.Sequential(*in_bfloat16(nn.Sequential(*early)), last)
-        twin.dec_rough = in_bfloat16(self.dec_fine)
+        fine, soft = list(self.dec_fine), list(in_bfloat16(self.dec_fine))
+        half = len(fine) // 2
+        twin.dec_fine = nn.Sequential(*soft[:1], *fine[1:])
+        twin.dec_rough = nn.Sequential(*soft[:half], *fine[half:])
         return twin
 
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:

@@ -373,7 +373,10 @@ def test_bfloat16_moves_no_pixel_by_more_than_one(
     """And an encoder that multiplies so is as good."""
     codec = Codec.load(model, device="cpu")
     assert isinstance(codec.coder, PictureCoder)
-    plain = Codec(PictureCoder(codec.coder.network, codec.coder.device, tune=codec.spec.tune), codec.spec)
+    coder = codec.coder
+    plain = Codec(
+        PictureCoder(coder.network, coder.device, tune=codec.spec.tune, gradient=coder._gradient), codec.spec
+    )
     assert isinstance(plain.coder, PictureCoder)
     plain.coder.transforms = plain.coder.network
     shown, expected = (c.decode(codec.encode(photo, quality=quality).data).picture.pixels for c in (codec, plain))
