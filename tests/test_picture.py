@@ -374,9 +374,7 @@ def test_bfloat16_moves_no_pixel_by_more_than_one(
     codec = Codec.load(model, device="cpu")
     assert isinstance(codec.coder, PictureCoder)
     coder = codec.coder
-    plain = Codec(
-        PictureCoder(coder.network, coder.device, tune=codec.spec.tune, gradient=coder._gradient), codec.spec
-    )
+    plain = Codec(PictureCoder(coder.network, coder.device, tune=codec.spec.tune, gradient=coder._gradient), codec.spec)
     assert isinstance(plain.coder, PictureCoder)
     plain.coder.transforms = plain.coder.network
     shown, expected = (c.decode(codec.encode(photo, quality=quality).data).picture.pixels for c in (codec, plain))
