@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from calotype import container, media, rate
-from calotype.container import Header, Still
+from calotype.container import Still
 from calotype.device import pick_device
 from calotype.errors import CalotypeError, FormatError, InputError, LimitError, ModelNotFoundError
+from calotype.header import Header
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE, MAX_TILES
 from calotype.media import Picture, as_picture
 from calotype.models import zoo
@@ -216,7 +217,7 @@ class Codec:
             else:
                 tiles = coder.encode(picture.pixels, step, tile, watch, on_progress, effort)
             header = self._header(picture.width, picture.height, picture.pixels.shape[2], tile, step, packets)
-            return container.write_still(replace(header, alpha=alpha is not None), tiles, boxes=boxes, alpha=alpha)
+            return container.write_shortest(replace(header, alpha=alpha is not None), tiles, boxes=boxes, alpha=alpha)
 
         area = picture.width * picture.height
         reached: float | None = None
@@ -507,7 +508,9 @@ class Codec:
         _check_layout(tokens.width, tokens.height, tile, packets)
         codec, header = self._of_tokens(tokens, tile, packets)
         indexes, watch = torch.from_numpy(tokens.indexes).long(), Stopwatch(codec.coder.device)
-        return container.write_still(header, codec._token_coder().write(indexes, header.quality, tile, packets, watch))
+        return container.write_shortest(
+            header, codec._token_coder().write(indexes, header.quality, tile, packets, watch)
+        )
 
     def _token_coder(self) -> TokenCoder:
         from calotype.tokens import TokenCoder

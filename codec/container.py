@@ -1,4 +1,7 @@
-"""The `.clt` chunk file: header, metadata, chunks of tiles or packets. No networks, no pixels. See docs/FORMAT.md."""
+"""The `.clt` file: header, metadata, tiles or packets; in chunks or, where one payload is all, in the brief form.
+
+No networks, no pixels. See docs/FORMAT.md.
+"""
 
 from __future__ import annotations
 
@@ -6,110 +9,24 @@ import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from calotype.errors import ChecksumError, FormatError, LimitError, TruncatedError
-from calotype.limits import DEFAULT_MAX_PIXELS, MAX_METADATA, MAX_SIDE, MAX_TILES
+from calotype.header import BRIEF_MAGIC, Header, payload_name
+from calotype.limits import DEFAULT_MAX_PIXELS, MAX_METADATA
 
 SUFFIX = ".clt"
 MAGIC = b"\x89CLT\r\n\x1a\n"
-VERSION = (1, 1)
-"""Files are marked with the oldest version that describes them."""
-PROFILE = 1
-"""Arithmetic profile: the integer rules of `calotype.models.exact`."""
-
-_HEADER = struct.Struct("<BBIIBBHHB8s")
 _CHUNK = struct.Struct("<I4s")
 _CRC = struct.Struct("<I")
-_FIXED = len(MAGIC) + _CHUNK.size + _HEADER.size + _CRC.size
+_FIXED = len(MAGIC) + _CHUNK.size + Header.SIZE + _CRC.size
 
 HEADER, TABLE, TILE, ALPHA = b"HEAD", b"TIDX", b"TILE", b"ALPH"
 BOXES: Mapping[str, bytes] = {"icc": b"iCCP", "exif": b"eXIF", "xmp": b"xMPd"}
 _Report = Callable[[FormatError], None]
 MAX_PACKETS = 32
 TILE_SIZES = (256, 512, 1024, 2048, 4096)
-
-
-def payload_name(number: int, packets: int) -> str:
-    """What messages call a payload, of tiles of so many packets."""
-    tile, packet = divmod(number, packets)
-    return f"tile {tile}" if packets == 1 else f"packet {packet} of tile {tile}"
-
-
-@dataclass(frozen=True)
-class Header:
-    """The fixed fields of a still picture.
-
-    quality is an integer in [0, 1000]; weights are the first 8 bytes of the SHA-256 of the weights file. Each tile has
-    `packets` parts that can be lost one by one: the payloads of TILE chunks are tile after tile, packet after packet.
-    """
-
-    width: int
-    height: int
-    channels: Literal[1, 3]
-    alpha: bool
-    tile: int
-    quality: int
-    model: int
-    weights: bytes
-    packets: int = 1
-
-    def pack(self) -> bytes:
-        flags = self.channels | (4 if self.alpha else 0) | (self.packets - 1) << 3
-        return _HEADER.pack(
-            VERSION[0], int(self.packets > 1), self.width, self.height, flags, self.tile.bit_length() - 1, self.quality,
-            self.model, PROFILE, self.weights,
-        )  # fmt: skip
-
-    @classmethod
-    def unpack(cls, payload: bytes) -> Header:
-        """Raises FormatError for anything that this version could not have written."""
-        if len(payload) < 2:
-            raise FormatError("the header is too short: the file is damaged")
-        if payload[0] != VERSION[0]:
-            raise FormatError(
-                f"the file is of format version {payload[0]}.{payload[1]}; this program reads {VERSION[0]}.x: "
-                "use a newer Calotype"
-            )
-        if len(payload) < _HEADER.size:
-            raise FormatError("the header is too short: the file is damaged")
-        _, _, width, height, flags, tile, quality, model, profile, weights = _HEADER.unpack_from(payload)
-        channels = flags & 3
-        if profile != PROFILE:
-            raise FormatError(f"arithmetic profile {profile} is unknown: use a newer Calotype")
-        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-            raise FormatError(f"impossible picture size {width}x{height}: the file is damaged")
-        if channels not in (1, 3) or not 8 <= tile <= 12 or quality > 1000:
-            raise FormatError("a header field is out of range: the file is damaged")
-        header = cls(width, height, channels, bool(flags & 4), 1 << tile, quality, model, weights, (flags >> 3) + 1)
-        if header.payloads > MAX_TILES:
-            raise LimitError(
-                f"{header.payloads} tiles, or packets of them, are more than the {MAX_TILES} that this program reads"
-            )
-        return header
-
-    @property
-    def columns(self) -> int:
-        return -(-self.width // self.tile)
-
-    @property
-    def rows(self) -> int:
-        return -(-self.height // self.tile)
-
-    @property
-    def tiles(self) -> int:
-        return self.columns * self.rows
-
-    @property
-    def payloads(self) -> int:
-        """Number of TILE chunks."""
-        return self.tiles * self.packets
-
-    def name(self, number: int) -> str:
-        """What messages call the payload of this number."""
-        return payload_name(number, self.packets)
 
 
 @dataclass(frozen=True)
@@ -195,9 +112,35 @@ def write_still(
     return b"".join(parts)
 
 
+def write_shortest(
+    header: Header, tiles: Sequence[bytes], *, boxes: Mapping[str, bytes] | None = None, alpha: bytes | None = None
+) -> bytes:
+    """The same in the brief form, where that can say it all; arguments as in `write_still`."""
+    if boxes or not header.is_brief:
+        return write_still(header, tiles, boxes=boxes, alpha=alpha)
+    (tile,) = tiles
+    file = header.pack_brief(len(tile)) + tile
+    return file + _CRC.pack(zlib.crc32(file))
+
+
+def is_brief(data: bytes | memoryview) -> bool:
+    """Whether a file that begins like this is in the brief form."""
+    return bytes(data[: len(BRIEF_MAGIC)]) == BRIEF_MAGIC
+
+
 def read_header(data: bytes | memoryview, *, max_pixels: int | None = None) -> Header:
-    """Check magic and header chunk. Raises FormatError, TruncatedError, ChecksumError, LimitError."""
+    """Check magic and header. Raises FormatError, TruncatedError, ChecksumError, LimitError."""
     view = memoryview(data)
+    header = Header.unpack_brief(view)[0] if is_brief(view) else _read_head(view)
+    if max_pixels is not None and header.width * header.height > max_pixels:
+        raise LimitError(
+            f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: raise max_pixels to decode it"
+        )
+    return header
+
+
+def _read_head(view: memoryview) -> Header:
+    """Header of a file of chunks."""
     if bytes(view[: len(MAGIC)]) != MAGIC[: len(view)] or not len(view):
         raise FormatError("this is not a Calotype file (wrong magic bytes)")
     if len(view) < _FIXED:
@@ -207,12 +150,7 @@ def read_header(data: bytes | memoryview, *, max_pixels: int | None = None) -> H
         raise FormatError("the header chunk is missing: the file is damaged")
     if not first.crc_ok:
         raise ChecksumError("the header's checksum is wrong: the file is damaged")
-    header = Header.unpack(bytes(first.payload))
-    if max_pixels is not None and header.width * header.height > max_pixels:
-        raise LimitError(
-            f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: raise max_pixels to decode it"
-        )
-    return header
+    return Header.unpack(bytes(first.payload))
 
 
 def _read_chunk(view: memoryview, offset: int) -> Chunk:
@@ -229,7 +167,7 @@ def _read_chunk(view: memoryview, offset: int) -> Chunk:
 
 
 def iterate_chunks(data: bytes | memoryview) -> Iterator[Chunk]:
-    """All chunks in order. Raises TruncatedError where the chain breaks."""
+    """All chunks of a file of chunks, in order. Raises TruncatedError where the chain breaks."""
     view, offset = memoryview(data), len(MAGIC)
     while offset < len(view):
         chunk = _read_chunk(view, offset)
@@ -238,9 +176,21 @@ def iterate_chunks(data: bytes | memoryview) -> Iterator[Chunk]:
 
 
 def chunks(data: bytes) -> list[ChunkInfo]:
-    """Name, place and state of every chunk that can be reached."""
+    """Name, place and state of every chunk that can be reached; of a brief file, of what stands for them."""
     read_header(data)
     found = []
+    if is_brief(data):
+        place = Header.unpack_brief(memoryview(data))[1]
+        found = [
+            ChunkInfo(name=HEADER.decode(), offset=len(BRIEF_MAGIC), length=place.start - len(BRIEF_MAGIC), crc_ok=True)
+        ]
+        try:
+            _, crc_ok = _read_brief(memoryview(data), place)
+            length = place.stop + _CRC.size - place.start
+            found.append(ChunkInfo(name=TILE.decode(), offset=place.start, length=length, crc_ok=crc_ok))
+        except TruncatedError:
+            pass
+        return found
     try:
         for c in iterate_chunks(data):
             found.append(ChunkInfo(name=c.name.decode("latin-1"), offset=c.offset, length=c.length, crc_ok=c.crc_ok))
@@ -264,6 +214,8 @@ def read_still(
     """
     header = read_header(data, max_pixels=max_pixels)
     view = memoryview(data)
+    if is_brief(view):
+        return _read_brief_still(header, view, partial)
     tiles: list[memoryview | None] = []
     boxes: dict[str, bytes] = {}
     alpha: bytes | None = None
@@ -311,8 +263,36 @@ def read_still(
         tiles += [None] * missing
     if header.alpha and alpha is None:
         report(TruncatedError("the alpha plane is missing"))
-    version = (view[len(MAGIC) + _CHUNK.size], view[len(MAGIC) + _CHUNK.size + 1])
-    return Still(header, version, tiles, boxes, alpha if header.alpha else None, damage)
+    return Still(header, _version(view), tiles, boxes, alpha if header.alpha else None, damage)
+
+
+def _read_brief(view: memoryview, place: slice) -> tuple[memoryview, bool]:
+    """Payload of a brief file, and whether the file's CRC is right. Raises TruncatedError."""
+    if place.stop + _CRC.size > len(view):
+        raise TruncatedError(f"the file ends before the end of {payload_name(0, 1)}")
+    return view[place], _CRC.unpack_from(view, place.stop)[0] == zlib.crc32(view[: place.stop])
+
+
+def _read_brief_still(header: Header, view: memoryview, partial: bool) -> Still:
+    """`read_still` of a brief file, whose header was read."""
+    tile, damage = None, []
+    try:
+        tile, crc_ok = _read_brief(view, Header.unpack_brief(view)[1])
+        if not crc_ok:
+            raise ChecksumError(f"{header.name(0)} is damaged (checksum)")
+    except FormatError as error:
+        if not partial:
+            raise
+        tile, damage = None, [error]
+    return Still(header, _version(view), [tile], {}, None, damage)
+
+
+def _version(view: memoryview) -> tuple[int, int]:
+    """Major and minor version of a file whose header can be read."""
+    if is_brief(view):
+        return divmod(view[len(BRIEF_MAGIC)], 16)
+    start = len(MAGIC) + _CHUNK.size
+    return view[start], view[start + 1]
 
 
 def _tiles_by_table(
@@ -365,13 +345,12 @@ def probe(data: bytes) -> ImageInfo:
     sizes = dict.fromkeys(BOXES, 0)
     names = {code: key for key, code in BOXES.items()}
     try:
-        for chunk in iterate_chunks(data):
+        for chunk in () if is_brief(data) else iterate_chunks(data):
             # Only the first of a kind: a hostile file may repeat a box that inflates to megabytes.
             if chunk.crc_ok and names.get(chunk.name) and not sizes[names[chunk.name]]:
                 sizes[names[chunk.name]] = len(_inflate(bytes(chunk.payload)))
     except FormatError:
         pass  # a damaged tail does not hide what the head says
-    start = len(MAGIC) + _CHUNK.size
     model = name_of(header.weights)
     return ImageInfo(
         width=header.width,
@@ -385,7 +364,7 @@ def probe(data: bytes) -> ImageInfo:
         tiles=header.tiles,
         packets=header.packets,
         codebook=None if model is None else codebook_size(model, header.quality),
-        version=f"{data[start]}.{data[start + 1]}",
+        version="{}.{}".format(*_version(memoryview(data))),
         file_bytes=len(data),
         bpp=len(data) * 8 / (header.width * header.height),
         **sizes,

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from calotype import symbols, windows
-from calotype.container import payload_name
 from calotype.entropy import NO_TABLES
 from calotype.errors import DriftError, FormatError, InputError, LimitError
+from calotype.header import payload_name
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
 from calotype.models import token_choice
 from calotype.models.blocks import bfloat16_is_fast

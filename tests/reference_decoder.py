@@ -78,7 +78,39 @@ def chunks(data: bytes) -> Iterator[tuple[str, bytes]]:
         offset += 12 + length
 
 
+def number(data: bytes, offset: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where it ends (1.7)."""
+    value, shift = 0, 0
+    while True:
+        value |= (data[offset] & 127) << shift
+        shift, offset = shift + 7, offset + 1
+        if data[offset - 1] < 128:
+            return value, offset
+
+
+def parse_brief(data: bytes) -> File:
+    """1.7."""
+    version, fields, _, weights = struct.unpack_from("<BHB8s", data, 4)
+    width, offset = number(data, 16)
+    height, offset = number(data, offset)
+    length, offset = number(data, offset)
+    start, end = offset + 2, offset + 2 + length
+    if struct.unpack_from("<H", data, offset)[0] != zlib.crc32(data[:offset]) & 0xFFFF:
+        raise DamageError("head check")
+    if struct.unpack_from("<I", data, end)[0] != zlib.crc32(data[:end]):
+        raise DamageError("file check")
+    if (version >> 4, fields >> 14) != (1, 1):
+        raise DamageError("header")
+    tile = 1 << (fields >> 11 & 7) + 8
+    if max(width, height) > tile:
+        raise DamageError("tiles")
+    channels = 1 if fields >> 10 & 1 else 3
+    return File(width, height, channels, tile, fields & 1023, weights, {}, None, [data[start:end]], 1)
+
+
 def parse(data: bytes) -> File:
+    if data[:4] == b"\x89clt":
+        return parse_brief(data)
     reader = chunks(data)
     name, head = next(reader)
     major, _, width, height, flags, log_tile, quality, _, profile, weights = struct.unpack_from("<BBIIBBHHB8s", head)

@@ -25,6 +25,7 @@ from PIL import Image, ImageCms
 
 import calotype
 from calotype import container
+from calotype.header import BRIEF_MAGIC
 from calotype.models import zoo
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -178,7 +179,7 @@ def test_existing_output_is_kept_unless_forced(tmp_path: Path, run: Run) -> None
     assert run("encode", source, "--dry-run").code == 6
     assert target.read_bytes() == b"precious"
     assert run("encode", source, "--force").code == 0
-    assert target.read_bytes().startswith(container.MAGIC)
+    assert target.read_bytes().startswith(BRIEF_MAGIC)
 
 
 def test_skip_existing(tmp_path: Path, run: Run) -> None:
@@ -189,7 +190,7 @@ def test_skip_existing(tmp_path: Path, run: Run) -> None:
     assert [r["status"] for r in result.json["results"]] == ["skipped", "ok"]
     assert result.json["skipped"] == 1
     assert (tmp_path / "a.clt").read_bytes() == b"precious"
-    assert (tmp_path / "b.clt").read_bytes().startswith(container.MAGIC)
+    assert (tmp_path / "b.clt").read_bytes().startswith(BRIEF_MAGIC)
 
 
 def test_two_inputs_for_one_output_stop_before_any_work(tmp_path: Path, run: Run) -> None:
@@ -552,7 +553,7 @@ def test_info(tmp_path: Path, encoded: Path, run: Run) -> None:
         }.items()
     )
     assert [chunk["name"] for chunk in record["chunks"]] == ["HEAD", "TILE"]
-    assert sum(chunk["length"] for chunk in record["chunks"]) + len(container.MAGIC) == encoded.stat().st_size
+    assert sum(chunk["length"] for chunk in record["chunks"]) + len(BRIEF_MAGIC) == encoded.stat().st_size
     text = run("info", encoded).out.decode()
     assert "96x64" in text
     assert "hyperprior" in text

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from calotype import container
 from calotype.api import Codec
-from calotype.container import MAGIC, Header
+from calotype.container import MAGIC
 from calotype.errors import CalotypeError, ChecksumError, FormatError, LimitError, TruncatedError
+from calotype.header import BRIEF_LIMIT, BRIEF_MAGIC, Header
 from calotype.limits import MAX_METADATA, MAX_TILES
 from calotype.media import Picture
 
@@ -65,7 +66,7 @@ def test_round_trip(header: Header, boxes: dict[str, bytes], plane: bytes, data:
     still = container.read_still(file)
     assert still.header == header == container.read_header(file)
     assert [bytes(t or b"?") if t is not None else None for t in still.tiles] == [t or b"?" for t in tiles]
-    version = container.VERSION if header.packets > 1 else (1, 0)
+    version = (1, 1) if header.packets > 1 else (1, 0)
     assert (still.boxes, still.alpha, still.version, list(still.damage)) == (boxes, alpha, version, [])
     info = container.probe(file)
     assert (info.width, info.height, info.channels) == (header.width, header.height, header.channels)
@@ -245,6 +246,163 @@ def test_tile_table_that_contradicts_the_header_is_refused() -> None:
 def test_single_tile_with_a_table_and_trailing_bytes_are_read() -> None:
     file = SMALL[:45] + chunk(b"TIDX", struct.pack("<I", 4)) + chunk(b"TILE", b"tile") + b"trailing"
     assert [bytes(t) for t in container.read_still(file).tiles if t is not None] == [b"tile"]
+
+
+# The brief form -------------------------------------------------------------------------------------------------------
+
+BRIEF = container.write_shortest(header(), [b"tile"])
+
+
+def brief_with(offset: int, value: bytes, *, shape: bytes = b"\x28\x1e") -> bytes:
+    """`BRIEF` with bytes of its head replaced and all checks made right; width and height are `shape`."""
+    head = bytearray(BRIEF[:16])
+    head[offset : offset + len(value)] = value
+    head += shape + b"\x04"
+    head += struct.pack("<H", zlib.crc32(head) & 0xFFFF) + b"tile"
+    return bytes(head) + struct.pack("<I", zlib.crc32(head))
+
+
+@settings(max_examples=200)
+@given(header=headers(), tile=st.binary(max_size=2000), trailing=st.binary(max_size=5))
+def test_round_trip_in_the_shortest_form(header: Header, tile: bytes, trailing: bytes) -> None:
+    tiles = [tile] * header.payloads
+    alpha = b"png" if header.alpha else None
+    file = container.write_shortest(header, tiles, alpha=alpha)
+    whole = container.write_still(header, tiles, alpha=alpha)
+    brief = header.payloads == 1 and not header.alpha and header.model < 256
+    assert container.is_brief(file) == brief
+    assert len(file) <= len(whole) - 27 if brief else file == whole
+    still = container.read_still(file + trailing)
+    assert still.header == header == container.read_header(file)
+    assert [bytes(t) if t is not None else None for t in still.tiles] == tiles
+    if brief:
+        assert (still.version, still.boxes, still.alpha, list(still.damage)) == ((1, 2), {}, None, [])
+        assert container.read_header(file[:BRIEF_LIMIT]) == header
+        info, expected = container.probe(file), container.probe(whole)
+        varies = {"version", "file_bytes", "bpp"}
+        assert info.model_dump(exclude=varies) == expected.model_dump(exclude=varies)
+        assert info.version == "1.2"
+        listed = container.chunks(file)
+        assert [(c.name, c.crc_ok) for c in listed] == [("HEAD", True), ("TILE", True)]
+        assert sum(c.length for c in listed) + len(BRIEF_MAGIC) == len(file)
+    # Metadata needs chunks.
+    assert container.write_shortest(header, tiles, boxes={"xmp": b"x"}, alpha=alpha)[:8] == MAGIC
+
+
+@settings(max_examples=300)
+@given(model=st.integers(0, 255), tile=st.sampled_from(container.TILE_SIZES), data=st.data())
+def test_every_picture_of_one_tile_fits_the_brief_form(model: int, tile: int, data: st.DataObject) -> None:
+    width, height = data.draw(st.integers(1, tile)), data.draw(st.integers(1, tile))
+    channels: Literal[1, 3] = data.draw(st.sampled_from([1, 3]))
+    one = Header(width, height, channels, False, tile, data.draw(st.integers(0, 1000)), model, WEIGHTS)
+    payload = data.draw(st.binary(max_size=300))
+    file = container.write_shortest(one, [payload])
+    assert container.is_brief(file)
+    still = container.read_still(file)
+    assert (still.header, [bytes(t) for t in still.tiles if t is not None]) == (one, [payload])
+
+
+def test_layout_of_the_brief_form_is_that_of_the_specification() -> None:
+    file = container.write_shortest(Header(513, 2, 1, False, 1024, 777, 3, WEIGHTS), [b"abc"])
+    head = b"\x89clt\x12" + struct.pack("<H", 777 | 1 << 10 | 2 << 11 | 1 << 14) + b"\x03" + WEIGHTS
+    head += b"\x81\x04\x02\x03"
+    body = head + struct.pack("<H", zlib.crc32(head) & 0xFFFF) + b"abc"
+    assert file == body + struct.pack("<I", zlib.crc32(body))
+
+
+def test_codec_writes_the_brief_form_where_it_can(codec: Codec, synthetic: Callable[..., Picture]) -> None:
+    picture = synthetic(40, 300)
+    data = codec.encode(picture, quality=30).data
+    assert container.is_brief(data)
+    (tile,) = container.read_still(data).tiles
+    assert tile is not None
+    assert len(data) - (len(tile) - 4) <= 33
+    chunked = container.write_still(container.read_header(data), [bytes(tile)])
+    assert (codec.decode(data).picture.pixels == codec.decode(chunked).picture.pixels).all()
+    for other in (
+        codec.encode(picture, quality=30, tile=256).data,
+        codec.encode(synthetic(16, 16, alpha=True), quality=30).data,
+        codec.encode(Picture(picture.pixels, xmp=b"<x/>"), quality=30).data,
+    ):
+        assert not container.is_brief(other)
+
+
+def test_every_flipped_bit_of_a_brief_file_is_noticed() -> None:
+    head = len(BRIEF) - 8
+    for bit in range(8 * len(BRIEF)):
+        broken = bytearray(BRIEF)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError):
+            container.read_still(bytes(broken))
+        if bit // 8 < head:
+            with pytest.raises(FormatError):
+                container.read_still(bytes(broken), partial=True)
+        else:
+            still = container.read_still(bytes(broken), partial=True)
+            assert (still.header, list(still.tiles)) == (header(), [None])
+            assert isinstance(still.damage[0], ChecksumError)
+            assert [c.crc_ok for c in container.chunks(bytes(broken))] == [True, False]
+
+
+def test_truncation_of_a_brief_file_at_every_byte() -> None:
+    head = len(BRIEF) - 8
+    for length in range(len(BRIEF)):
+        cut = BRIEF[:length]
+        with pytest.raises(TruncatedError if length >= 4 else FormatError):
+            container.read_still(cut)
+        if length >= head:
+            still = container.read_still(cut, partial=True)
+            assert (still.header, list(still.tiles)) == (header(), [None])
+            assert [c.name for c in container.chunks(cut)] == ["HEAD"]
+            assert container.probe(cut).width == 40
+        else:
+            with pytest.raises(FormatError):
+                container.probe(cut)
+
+
+@pytest.mark.parametrize("major", [0, 2, 15])
+def test_other_major_version_of_a_brief_file_is_refused(major: int) -> None:
+    with pytest.raises(FormatError, match=f"version {major}.2"):
+        container.read_still(brief_with(4, bytes([major << 4 | 2])))
+    assert container.read_still(brief_with(4, b"\x15")).version == (1, 5)
+
+
+FIELDS = 600 | 1 << 14
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "error"),
+    [
+        (FIELDS | 5 << 11, b"\x28\x1e", FormatError),
+        (FIELDS | 7 << 11, b"\x28\x1e", FormatError),
+        (1001 | 1 << 14, b"\x28\x1e", FormatError),
+        (600, b"\x28\x1e", FormatError),
+        (600 | 3 << 14, b"\x28\x1e", FormatError),
+        (FIELDS, b"\0\x1e", FormatError),
+        (FIELDS, b"\x28\0", FormatError),
+        (FIELDS, b"\x81\x02\x1e", FormatError),  # two tiles
+        (FIELDS, b"\x28\x81\x80\x40", FormatError),  # 2^20 + 1
+        (FIELDS, b"\xff\xff\xff\xff\x0f\x1e", FormatError),
+        (FIELDS, b"\xff\xff\xff\xff\x1f\x1e", FormatError),
+        (FIELDS, b"\xa8\x80\x80\x80\x80\x00\x1e", FormatError),
+        (FIELDS, b"\x80\x80\x40\x80\x80\x40", LimitError),
+    ],
+)
+def test_field_of_a_brief_file_out_of_range_is_refused(fields: int, shape: bytes, error: type[CalotypeError]) -> None:
+    assert container.read_still(brief_with(5, struct.pack("<H", FIELDS))).header == header()
+    with pytest.raises(error):
+        container.read_still(brief_with(5, struct.pack("<H", fields), shape=shape), max_pixels=2**41)
+
+
+def test_huge_brief_picture_is_refused_before_memory_is_allocated(codec: Codec) -> None:
+    file = container.write_shortest(header(4096, 4096, tile=4096), [b"tile"])
+    assert container.is_brief(file)
+    tracemalloc.start()
+    for read in (container.read_still, codec.decode):
+        with pytest.raises(LimitError, match="max_pixels"):
+            read(file, max_pixels=4096 * 4096 - 1)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 # Limits ---------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from calotype.api import Codec
 from calotype.embed import buffers, pillow, webdataset
 from calotype.embed.torch import Dataset, Loader
 from calotype.errors import DriftError, FormatError, InputError, LimitError
+from calotype.header import Header
 from calotype.media import Picture, as_picture, to_pillow
 from calotype.picture import PictureCoder
 
@@ -182,16 +183,17 @@ def test_pillow_targets(tmp_path: Path, photo: Picture) -> None:
 def test_pillow_refuses_what_is_not_a_picture(synthetic: Make) -> None:
     data = encode(synthetic(*SIZE))
     header = container.read_header(data)
-    huge = container.write_still(
-        container.Header(20000, 20000, 3, False, 1024, 600, header.model, header.weights), [b""] * 400
-    )
+    huge = container.write_still(Header(20000, 20000, 3, False, 1024, 600, header.model, header.weights), [b""] * 400)
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(huge))
-    for bad in (data[:20], data[:8] + b"x" * 100, data[:9] + b"\xff" + data[10:], container.MAGIC):
-        with pytest.raises(UnidentifiedImageError):
-            Image.open(io.BytesIO(bad))
+    (tile,) = container.read_still(data).tiles
+    chunked = container.write_still(header, [bytes(tile or b"")])
+    for good in (data, chunked):
+        for bad in (good[:20], good[:8] + b"x" * 100, good[:9] + b"\xff" + good[10:], good[:4], container.MAGIC):
+            with pytest.raises(UnidentifiedImageError):
+                Image.open(io.BytesIO(bad))
     box = len(container.MAGIC) + 37  # behind the header: a box that claims two gigabytes
-    endless = data[:box] + (2**31).to_bytes(4, "little") + b"eXIF" + data[box:]
+    endless = chunked[:box] + (2**31).to_bytes(4, "little") + b"eXIF" + chunked[box:]
     with pytest.raises(UnidentifiedImageError):
         Image.open(io.BytesIO(endless))
     for bad, why in ((damage_tile(data), "checksum"), (data[:-5], "ends"), (drifted(data), "other symbols")):

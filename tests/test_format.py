@@ -21,7 +21,7 @@ import pytest
 import reference_decoder
 import torch
 
-from calotype import container, entropy
+from calotype import container, entropy, header
 from calotype.api import Codec
 from calotype.media import Picture, decode_alpha, read_picture
 from calotype.models import tables
@@ -161,8 +161,9 @@ def test_specification_states_the_constants_of_the_code() -> None:
     assert widths is not None
     stated = [int(w) for w in widths[1].split()]
     assert stated == [tables.half_width(i) for i in range(tables.SCALES)] == list(reference_decoder.HALF_WIDTHS)
-    assert f"version {container.VERSION[0]}.{container.VERSION[1]}" in SPECIFICATION.splitlines()[0]
-    assert " ".join(f"{b:02X}" for b in container.MAGIC) in SPECIFICATION
+    assert f"version {header.VERSION[0]}.{header.VERSION[1]}" in SPECIFICATION.splitlines()[0]
+    for magic in (container.MAGIC, header.BRIEF_MAGIC):
+        assert " ".join(f"{b:02X}" for b in magic) in SPECIFICATION
     for name in (container.HEADER, container.TABLE, container.TILE, container.ALPHA, *container.BOXES.values()):
         assert f"`{name.decode()}`" in SPECIFICATION
 

@@ -105,7 +105,7 @@ def opened(body: bytes) -> np.ndarray:
     [
         ("", {}),
         ("?quality=35.5&tile=256", {"quality": 35.5, "tile": 256}),
-        ("?target_size=800", {"target": Target("size", 800)}),
+        ("?target_size=700", {"target": Target("size", 700)}),
         ("?target_bpp=0.5", {"target": Target("bpp", 0.5)}),
         ("?target_psnr=34", {"target": Target("psnr", 34)}),
     ],

@@ -10,6 +10,7 @@ from PIL import Image, ImageFile
 from calotype import container
 from calotype.api import DEFAULT_MODEL, DEFAULT_QUALITY, DEFAULT_TILE, SCALES, Codec
 from calotype.errors import CalotypeError, FormatError, InputError
+from calotype.header import BRIEF_LIMIT, BRIEF_MAGIC
 from calotype.limits import MAX_METADATA
 from calotype.media import from_pillow, to_pillow
 from calotype.models.zoo import name_of
@@ -42,7 +43,7 @@ def register(*, device: str = "auto") -> None:
     LimitError and TargetError.
     """
     CalotypeImageFile.device = device
-    Image.register_open(FORMAT, CalotypeImageFile, lambda prefix: prefix.startswith(container.MAGIC))
+    Image.register_open(FORMAT, CalotypeImageFile, lambda prefix: prefix.startswith((container.MAGIC, BRIEF_MAGIC)))
     Image.register_save(FORMAT, lambda image, file, _: _save(image, file, device))
     Image.register_extension(FORMAT, container.SUFFIX)
     Image.register_mime(FORMAT, "image/x-calotype")
@@ -102,7 +103,10 @@ class CalotypeImageFile(ImageFile.ImageFile):
 
 def _read_head(file: IO[bytes]) -> bytes:
     """Magic, header and metadata chunks from the start of a file. Raises SyntaxError for a length that is not ours."""
-    parts = [file.read(len(container.MAGIC))]
+    start = file.read(len(container.MAGIC))
+    if container.is_brief(start):
+        return start + file.read(BRIEF_LIMIT - len(start))
+    parts = [start]
     while len(head := file.read(8)) == 8:
         length, name = int.from_bytes(head[:4], "little"), head[4:]
         if name in _OPENED:

@@ -7,8 +7,8 @@ import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 
-from calotype.container import PROFILE
 from calotype.errors import ChecksumError, FormatError, LimitError, TruncatedError
+from calotype.header import PROFILE
 from calotype.limits import DEFAULT_MAX_PIXELS, MAX_SIDE
 from calotype.rate import QUALITY_STEPS
 from calotype.video.frames import MATRICES, Colour
