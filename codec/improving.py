@@ -31,7 +31,7 @@ from calotype.windows import Box, Progress, grid
 SHAPING: dict[int, shaping.Schedule] = {
     4: shaping.ESTIMATED,
     5: shaping.GUESSED,
-    7: shaping.Schedule(6, (0.78, 0.91), (0.022, 0.0045)),
+    7: shaping.Schedule(6, (0.78, 0.91), (0.022, 0.0045), guess=shaping.GUESSED.guess),
     9: shaping.Schedule(20, (0.84, 0.95), (0.0165, 0.0027), contexts=True),
 }
 """How symbols of least error are chosen, by effort; at other efforts they are those next to the latent."""
@@ -88,6 +88,8 @@ class Improver:
         schedule = SHAPING.get(effort)
         if schedule is None or schedule.guess is None or self.gradient is not None:
             return schedule
+        if schedule.steps > 1:
+            return replace(schedule, guess=None)
         return shaping.ONCE if schedule.steps else None
 
     def improve(

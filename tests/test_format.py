@@ -222,6 +222,10 @@ def test_golden_files_cover_the_format() -> None:
     assert {h.header.channels for h in headers} == {1, 3}
     assert {h.header.alpha for h in headers} == {False, True}
     assert max(h.header.tiles for h in headers) > 1
+    forms = {container.is_brief((GOLDEN / name).read_bytes()) for name in EXPECTED}
+    assert forms == {False, True}
+    # Files of one tile in chunks, as they were written before there was another form.
+    assert not any(container.is_brief(file.read_bytes()) for file in make_golden.VISUAL.glob("*.clt"))
     qualities = [h.header.quality for h in headers]
     assert min(qualities) == 0
     assert max(qualities) == 1000
