@@ -1,5 +1,6 @@
 const $ = id => document.getElementById(id);
-const MAGIC = [0x89, 0x43, 0x4c, 0x54, 0x0d, 0x0a, 0x1a, 0x0a];
+// What a file begins with: one of chunks, and one in the brief form.
+const MAGICS = [[0x89, 0x43, 0x4c, 0x54, 0x0d, 0x0a, 0x1a, 0x0a], [0x89, 0x63, 0x6c, 0x74]];
 const LABELS = { original: "Original", calotype: "Calotype", avif: "AVIF", webp: "WebP", jpeg: "JPEG" };
 const ANCHORS = ["avif", "webp", "jpeg"];
 const LATENTS = { low: 0.05, high: 2.5 }, TOKENS = { low: 0.008, high: 0.06 };  // ends of the size slider, in bpp
@@ -76,8 +77,8 @@ const facts = response => Object.fromEntries(["Quality", "Bpp", "Psnr"].map(name
 // Opening --------------------------------------------------------------------------------------------------------
 
 async function isStream(file) {
-  const head = new Uint8Array(await file.slice(0, MAGIC.length).arrayBuffer());
-  return MAGIC.every((byte, i) => head[i] === byte);
+  const head = new Uint8Array(await file.slice(0, 8).arrayBuffer());
+  return MAGICS.some(magic => magic.every((byte, i) => head[i] === byte));
 }
 
 async function loadable(url) {
