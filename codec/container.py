@@ -31,17 +31,13 @@ TILE_SIZES = (256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk as it lies in the file; `payload` is a view, not a copy."""
+    """A chunk as it lies in the file, `length` bytes in all; `payload` is a view, not a copy."""
 
     name: bytes
     offset: int
     payload: memoryview
     crc_ok: bool
-
-    @property
-    def length(self) -> int:
-        """Bytes of the whole chunk."""
-        return _CHUNK.size + len(self.payload) + _CRC.size
+    length: int
 
 
 class ChunkInfo(BaseModel):
@@ -132,11 +128,15 @@ def read_header(data: bytes | memoryview, *, max_pixels: int | None = None) -> H
     """Check magic and header. Raises FormatError, TruncatedError, ChecksumError, LimitError."""
     view = memoryview(data)
     header = Header.unpack_brief(view)[0] if is_brief(view) else _read_head(view)
+    _check_size(header, max_pixels)
+    return header
+
+
+def _check_size(header: Header, max_pixels: int | None) -> None:
     if max_pixels is not None and header.width * header.height > max_pixels:
         raise LimitError(
             f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: raise max_pixels to decode it"
         )
-    return header
 
 
 def _read_head(view: memoryview) -> Header:
@@ -163,12 +163,18 @@ def _read_chunk(view: memoryview, offset: int) -> Chunk:
         raise TruncatedError(f"the file ends inside the chunk at byte {offset}, or the chunk's length is damaged")
     payload = view[start : start + length]
     (crc,) = _CRC.unpack_from(view, start + length)
-    return Chunk(bytes(name), offset, payload, crc == zlib.crc32(payload, zlib.crc32(name)))
+    length += _CHUNK.size + _CRC.size
+    return Chunk(bytes(name), offset, payload, crc == zlib.crc32(payload, zlib.crc32(name)), length)
 
 
 def iterate_chunks(data: bytes | memoryview) -> Iterator[Chunk]:
-    """All chunks of a file of chunks, in order. Raises TruncatedError where the chain breaks."""
+    """All chunks in order; of a brief file, what stands for them. Raises TruncatedError where the chain breaks."""
     view, offset = memoryview(data), len(MAGIC)
+    if is_brief(view):
+        place, start = Header.unpack_brief(view)[1], len(BRIEF_MAGIC)
+        yield Chunk(HEADER, start, view[start : place.start], True, place.start - start)
+        yield _brief_tile(view, place)
+        return
     while offset < len(view):
         chunk = _read_chunk(view, offset)
         yield chunk
@@ -176,21 +182,9 @@ def iterate_chunks(data: bytes | memoryview) -> Iterator[Chunk]:
 
 
 def chunks(data: bytes) -> list[ChunkInfo]:
-    """Name, place and state of every chunk that can be reached; of a brief file, of what stands for them."""
+    """Name, place and state of every chunk that can be reached."""
     read_header(data)
     found = []
-    if is_brief(data):
-        place = Header.unpack_brief(memoryview(data))[1]
-        found = [
-            ChunkInfo(name=HEADER.decode(), offset=len(BRIEF_MAGIC), length=place.start - len(BRIEF_MAGIC), crc_ok=True)
-        ]
-        try:
-            _, crc_ok = _read_brief(memoryview(data), place)
-            length = place.stop + _CRC.size - place.start
-            found.append(ChunkInfo(name=TILE.decode(), offset=place.start, length=length, crc_ok=crc_ok))
-        except TruncatedError:
-            pass
-        return found
     try:
         for c in iterate_chunks(data):
             found.append(ChunkInfo(name=c.name.decode("latin-1"), offset=c.offset, length=c.length, crc_ok=c.crc_ok))
@@ -212,10 +206,10 @@ def read_still(
     these payloads are read and checked, the others are None; the tile table leads to them.
     Raises FormatError and its kinds, LimitError.
     """
-    header = read_header(data, max_pixels=max_pixels)
     view = memoryview(data)
     if is_brief(view):
-        return _read_brief_still(header, view, partial)
+        return _read_brief(view, max_pixels, partial)
+    header = read_header(data, max_pixels=max_pixels)
     tiles: list[memoryview | None] = []
     boxes: dict[str, bytes] = {}
     alpha: bytes | None = None
@@ -266,24 +260,29 @@ def read_still(
     return Still(header, _version(view), tiles, boxes, alpha if header.alpha else None, damage)
 
 
-def _read_brief(view: memoryview, place: slice) -> tuple[memoryview, bool]:
-    """Payload of a brief file, and whether the file's CRC is right. Raises TruncatedError."""
-    if place.stop + _CRC.size > len(view):
+def _brief_tile(view: memoryview, place: slice) -> Chunk:
+    """What stands for the `TILE` chunk of a brief file. Raises TruncatedError."""
+    end = place.stop + _CRC.size
+    if end > len(view):
         raise TruncatedError(f"the file ends before the end of {payload_name(0, 1)}")
-    return view[place], _CRC.unpack_from(view, place.stop)[0] == zlib.crc32(view[: place.stop])
+    (crc,) = _CRC.unpack_from(view, place.stop)
+    return Chunk(TILE, place.start, view[place], crc == zlib.crc32(view[: place.stop]), end - place.start)
 
 
-def _read_brief_still(header: Header, view: memoryview, partial: bool) -> Still:
-    """`read_still` of a brief file, whose header was read."""
+def _read_brief(view: memoryview, max_pixels: int, partial: bool) -> Still:
+    """`read_still` of a brief file."""
+    header, place = Header.unpack_brief(view)
+    _check_size(header, max_pixels)
     tile, damage = None, []
     try:
-        tile, crc_ok = _read_brief(view, Header.unpack_brief(view)[1])
-        if not crc_ok:
+        found = _brief_tile(view, place)
+        if not found.crc_ok:
             raise ChecksumError(f"{header.name(0)} is damaged (checksum)")
+        tile = found.payload
     except FormatError as error:
         if not partial:
             raise
-        tile, damage = None, [error]
+        damage.append(error)
     return Still(header, _version(view), [tile], {}, None, damage)
 
 
@@ -345,7 +344,7 @@ def probe(data: bytes) -> ImageInfo:
     sizes = dict.fromkeys(BOXES, 0)
     names = {code: key for key, code in BOXES.items()}
     try:
-        for chunk in () if is_brief(data) else iterate_chunks(data):
+        for chunk in iterate_chunks(data):
             # Only the first of a kind: a hostile file may repeat a box that inflates to megabytes.
             if chunk.crc_ok and names.get(chunk.name) and not sizes[names[chunk.name]]:
                 sizes[names[chunk.name]] = len(_inflate(bytes(chunk.payload)))
