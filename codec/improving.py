@@ -131,6 +131,7 @@ class Improver:
         seen, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
         integer = torch.tensor([quality], device=self.device)
         t = integer.float() / QUALITY_STEPS
+        drawing = self.network.at(quality / QUALITY_STEPS)
         rounded = torch.empty_like(latent)
         for step in range(max(1, schedule.steps)):
             keep, rate = schedule.at(step)
@@ -158,7 +159,7 @@ class Improver:
                 y_hat = rounded[(..., *outer.slices)].to(self.device).contiguous(memory_format=self.layout)
                 x = windows.load(pixels, outer.scaled(STRIDE).within(seen), self.device, self.layout)
                 gradient = shaping.error_gradient(
-                    self.network.synthesise, y_hat, x, t, bf16=self.bf16, straight=schedule.straight
+                    drawing.synthesise, y_hat, x, t, bf16=self.bf16, straight=schedule.straight
                 )[(..., *window.relative_to(outer).slices)]
                 latent[(..., *window.slices)] -= shaping.far(gradient, t, rate).to(latent.device)
                 if report:

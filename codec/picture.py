@@ -96,6 +96,9 @@ class StillModel(Protocol):
     def economical(self) -> Self:
         """The same network with products of less precision where that moves pixels by at most 1/255."""
 
+    def at(self, quality: float) -> Self:
+        """What draws the same as this network at one quality in [0, 1]."""
+
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:
         """Latent [B, M, H/16, W/16] of pictures [B, 3, H, W] in [-0.5, 0.5] at quality `t` [B] in [0, 1]."""
 
@@ -255,10 +258,11 @@ class PictureCoder:
                 progress(0.5 * done / len(tiles))
         _conceal(canvas, lost)
         _, t = self._quality(job.quality)
+        transforms = self.transforms.at(job.quality / QUALITY_STEPS)
 
         def synthesise(place: tuple[slice, slice]) -> Tensor:
             part = canvas[(..., *place)].to(self.device).contiguous(memory_format=self.layout)
-            return self.transforms.synthesise(self.network.dequantise(part), t, scale)
+            return transforms.synthesise(self.network.dequantise(part), t, scale)
 
         return windows.draw(
             synthesise, canvas_box, area, halo=self.network.halo, scale=scale, watch=job.watch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -92,6 +93,21 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def between(a: nn.Module, b: nn.Module, weight: float, *, rounded: bool = False) -> nn.Module:
+    """A copy of a module whose parameters lie on the line to those of another one like it.
+
+    Those of blocks are `rounded` to bfloat16 numbers, as they are stored, so that both precisions multiply the same.
+    """
+    rounded = rounded or isinstance(a, Block)
+    own = {name: torch.lerp(p, getattr(b, name), weight) for name, p in a.named_parameters(recurse=False)}
+    twin = copy.copy(a)
+    twin._parameters = {name: p.bfloat16().to(p.dtype) if rounded else p for name, p in own.items()}  # type: ignore[misc]
+    twin._modules = {
+        name: between(child, b.get_submodule(name), weight, rounded=rounded) for name, child in a.named_children()
+    }
+    return twin
 
 
 def blocks(channels: int, count: int) -> nn.Sequential:

@@ -7,7 +7,8 @@
 
 All work happens at 1/8 resolution and below, which makes it fast on a CPU. The linear shortcut lets training start as a
 transform codec instead of searching for one. Rates are switched by quantization-scale modulation
-(`calotype.models.quantizers`). All is float: nothing here is on the entropy path.
+(`calotype.models.quantizers`); a synthesis may also have other weights at either end of the quality range, which costs
+no multiplications. All is float: nothing here is on the entropy path.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.models import tables
-from calotype.models.blocks import blocks, in_bfloat16, start_as_dct, works_in_strips
+from calotype.models.blocks import between, blocks, in_bfloat16, start_as_dct, works_in_strips
 from calotype.models.quantizers import Modulation, base_step
 
 STRIDE = 16
@@ -31,6 +32,8 @@ ROUGH_FROM = 0.5
 """Quality from which half of the blocks at 1/8, not only the first, may be computed in bfloat16."""
 _STRIP = 512
 """Positions that pointwise layers compute at a time on a CPU."""
+_INTERPOLATED = ("dec_in", "dec_coarse", "dec_up", "dec_fine", "dec_out", "dec_linear")
+"""Layers of the synthesis that may be others at the ends of the quality range; modulations have knots of their own."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class TransformsConfig:
     analysis_coarse: int = 4
     synthesis_coarse: int = 4
     synthesis_fine: int = 4
+    synthesis_ends: bool = False
+    """Whether the synthesis has weights of its own at qualities 0 and 100, between which and those at 50 it moves."""
 
 
 class Rates(NamedTuple):
@@ -89,6 +94,13 @@ class Transforms(nn.Module):
         """`dec_fine` with more products in bfloat16, in an economical network."""
 
         start_as_dct(self.enc_linear, self.dec_linear, STRIDE, self.enc_out, self.dec_out)
+        self.soft = False
+        """Whether the synthesis is to be computed in bfloat16 where that is good enough."""
+        self.dec_ends: nn.ModuleList | None = None
+        """The layers of the synthesis at qualities 0 and 100, by their names."""
+        if c.synthesis_ends:
+            middle = nn.ModuleDict({name: getattr(self, name) for name in _INTERPOLATED})
+            self.dec_ends = nn.ModuleList(copy.deepcopy(middle) for _ in range(2))
 
     @property
     def halo(self) -> int:
@@ -107,16 +119,49 @@ class Transforms(nn.Module):
         which draw the finest detail, must be in float32: all but the first where quantisation steps are large, below
         `ROUGH_FROM`.
         """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        twin = self._copy()
         for name in ("enc_in", "enc_down", "enc_out"):
             setattr(twin, name, copy.deepcopy(getattr(self, name)).bfloat16())
-        for name in ("enc_fine", "enc_coarse", "dec_coarse"):
+        for name in ("enc_fine", "enc_coarse"):
             setattr(twin, name, in_bfloat16(getattr(self, name)))
+        twin.soft = True
+        return twin if twin.dec_ends is not None else twin._softened()
+
+    def _softened(self) -> Self:
+        """The part of `economical` that draws."""
+        twin = self._copy()
+        twin.dec_coarse = in_bfloat16(self.dec_coarse)
         fine, soft = list(self.dec_fine), list(in_bfloat16(self.dec_fine))
         half = len(fine) // 2
         twin.dec_fine = nn.Sequential(*soft[:1], *fine[1:])
         twin.dec_rough = nn.Sequential(*soft[:half], *fine[half:])
+        return twin
+
+    @torch.no_grad()
+    def begin_ends(self) -> None:
+        """Give both ends the weights of the middle."""
+        for end in self.dec_ends or ():
+            assert isinstance(end, nn.ModuleDict)
+            for name, layer in end.items():
+                layer.load_state_dict(getattr(self, name).state_dict())
+
+    def at(self, quality: float) -> Self:
+        """A network that draws what this one does at one quality in [0, 1], without finding its weights every time."""
+        if self.dec_ends is None:
+            return self
+        twin, (low, high) = self._copy(), self.dec_ends
+        twin.dec_ends = None
+        end = low if quality < 0.5 else high
+        assert isinstance(end, nn.ModuleDict)
+        with torch.inference_mode(False):  # whoever draws, gradients may be asked of it
+            for name in _INTERPOLATED:
+                setattr(twin, name, between(getattr(self, name), end[name], abs(2 * quality - 1)))
+        return twin._softened() if self.soft else twin
+
+    def _copy(self) -> Self:
+        """Another network of the same layers."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
         return twin
 
     def analyse(self, x: Tensor, t: Tensor) -> Tensor:
@@ -146,6 +191,12 @@ class Transforms(nn.Module):
         With `scale` 2, 4 or 8 each pixel is the mean of scale x scale pixels: the last linear layers give the means
         directly, so the large picture is never made.
         """
+        if self.dec_ends is not None:
+            qualities = t.tolist()
+            if len(set(qualities)) == 1:
+                return self.at(qualities[0]).synthesise(y_hat, t, scale, straight=straight)
+            parts = zip(y_hat.split(1), t.split(1), strict=True)
+            return torch.cat([self.synthesise(*part, scale, straight=straight) for part in parts])
         y = y_hat * (self.dec_step(t) * base_step(t)[:, None, None, None])
         assert self.dec_up.bias is not None
         assert self.dec_out.bias is not None

@@ -33,6 +33,8 @@ CARDS = Path(__file__).parent / "cards"
 INDEX = "index.json"
 SYNTHESIS = "dec_"
 """Names of what draws pictures from latents begin so."""
+ENDS = "dec_ends."
+"""Names of what draws them otherwise at the ends of the quality range (`calotype.models.transforms`)."""
 
 
 class WeightsError(LookupError):
@@ -218,12 +220,14 @@ def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune | None) -> nn.M
 
     from calotype.models.exact import integerise
 
-    network = integerise(architecture(spec.architecture, _config(data)))
-    tensors = load_tensors(data)
+    config, tensors = _config(data), load_tensors(data)
     if tune not in (None, spec.tune):
         if spec.visual is None:
             raise WeightsError(f"the model {spec.name} draws pictures in one way only: leave out the tune")
+        config["synthesis_ends"] = False
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(ENDS)}
         tensors |= load_tensors(_read_verified(spec.name, spec.visual.weights, spec.visual.sha256))
+    network = integerise(architecture(spec.architecture, config))
     own = network.state_dict()
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     network = network.to(memory_format=layout(torch.device(device)))  # type: ignore[call-overload]
@@ -279,10 +283,14 @@ def save(network: Hyperprior | Mixture | Video | Vqgan, path: Path) -> str:
 
 
 def save_synthesis(network: Hyperprior, path: Path) -> str:
-    """Write only what a trained network draws pictures with, as `save` would. Returns the SHA-256."""
+    """Write only what a trained network draws pictures with, as `save` would. Returns the SHA-256.
+
+    Its ends are left out: a second synthesis has the same weights at every quality.
+    """
     from safetensors.torch import save as save_tensors
 
-    return _replace(path, save_tensors({k: v for k, v in shipped(network).items() if k.startswith(SYNTHESIS)}))
+    drawing = {k: v for k, v in shipped(network).items() if k.startswith(SYNTHESIS) and not k.startswith(ENDS)}
+    return _replace(path, save_tensors(drawing))
 
 
 def save_gradient(network: LearnedGradient, path: Path) -> str:
@@ -323,6 +331,20 @@ def shipped(network: nn.Module) -> dict[str, torch.Tensor]:
             kind = value.dtype
         tensors[key] = value.to(kind).contiguous()
     return tensors
+
+
+def has_ends(path: Path) -> bool:
+    """Whether a training checkpoint or shipped weights (`.safetensors`) draw otherwise at the ends of the range."""
+    import torch
+    from safetensors import safe_open
+
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        names = list(state.get("ema", state))
+    return any(name.startswith(ENDS) for name in names)
 
 
 def load_parameters(network: nn.Module, path: Path) -> int:

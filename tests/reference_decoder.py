@@ -361,8 +361,19 @@ class Decoder:
 
     # 5. Synthesis -----------------------------------------------------------------------------------------------------
 
+    def synthesis_at(self, t: float) -> None:
+        """Make `drawing` the weights of the synthesis at one quality."""
+        end, u = (0 if t < 0.5 else 1), abs(2 * t - 1)
+        self.drawing = {name: v.astype(np.float64) for name, v in self.weights.items() if name.startswith("dec_")}
+        for name, v in self.drawing.items():
+            other = self.drawing.get(f"dec_ends.{end}.{name}")
+            if other is not None:
+                moved = v + u * (other - v)
+                in_block = name.startswith(("dec_coarse", "dec_fine"))
+                self.drawing[name] = nearest_bfloat16(moved) if in_block else moved
+
     def convolution(self, name: str, x: Floats) -> Floats:
-        weight = self.weights[f"{name}.weight"].astype(np.float64)
+        weight = self.drawing[f"{name}.weight"]
         if weight.shape[2] == 3:
             padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
             out = np.zeros_like(x)
@@ -370,8 +381,8 @@ class Decoder:
                 out += weight[:, 0, u, v, None, None] * padded[:, u : u + x.shape[1], v : v + x.shape[2]]
         else:
             out = np.einsum("oc,chw->ohw", weight[:, :, 0, 0], x)
-        if f"{name}.bias" in self.weights:
-            out += self.weights[f"{name}.bias"].astype(np.float64)[:, None, None]
+        if f"{name}.bias" in self.drawing:
+            out += self.drawing[f"{name}.bias"][:, None, None]
         return out
 
     def block(self, name: str, x: Floats) -> Floats:
@@ -387,6 +398,7 @@ class Decoder:
     def pixels(self, file: File, latent: Ints) -> npt.NDArray[np.uint8]:
         """[height, width, channels]."""
         t = file.quality / 1000
+        self.synthesis_at(t)
         step = np.sqrt(6 / (np.log(2) * 0.0003 * 800**t * 255**2))
         y = latent / 64 * step * self.factor("dec_step", t)
         f = self.convolution("dec_in", y)
@@ -400,6 +412,12 @@ class Decoder:
         if file.channels == 1:
             samples = np.rint(samples.mean(2, keepdims=True))
         return samples.astype(np.uint8)
+
+
+def nearest_bfloat16(x: Floats) -> Floats:
+    """The numbers of 8 significant bits next to x, halves to even."""
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.rint(fraction * 256), exponent - 8)
 
 
 def parameters(head: Ints) -> tuple[Ints, Ints]:

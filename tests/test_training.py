@@ -36,6 +36,7 @@ from calotype.models.training import trainer as training
 from calotype.models.training.clips import find_clips, load_clips
 from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb
+from calotype.models.training.equalising import equalise
 from calotype.models.training.export import export_weights
 from calotype.models.training.gradient import GradientTask
 from calotype.models.training.optim import Muon, build_optimizers, orthogonalise
@@ -217,7 +218,7 @@ def test_second_synthesis_leaves_all_else(codec: Codec, photos_folder: Path, tmp
     shutil.copytree(zoo.WEIGHTS, tmp_path / "weights")
     path = export_weights(tmp_path / CHECKPOINT, "hyperprior", tmp_path / "weights", tune="visual")
     kept, drawn = load_file(codec.spec.weights), load_file(path)
-    assert drawn.keys() == {key for key in kept if key.startswith(zoo.SYNTHESIS)}
+    assert drawn.keys() == {k for k in kept if k.startswith(zoo.SYNTHESIS) and not k.startswith(zoo.ENDS)}
     assert any(not torch.equal(value, kept[key]) for key, value in drawn.items())
     index = json.loads((tmp_path / "weights" / zoo.INDEX).read_text())
     assert index["hyperprior"]["visual"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -656,3 +657,67 @@ def test_training_and_coding_estimate_the_same_rate(codec: Codec, photo: Picture
         estimated = float(out.latent_bits + out.hyper_bits)
         data = codec.encode(crop, quality=quality, effort=3).data
         assert (len(data) - 33) * 8 == pytest.approx(estimated, rel=0.01)
+
+
+def test_ends_are_trained_for_latents_that_stay(codec: Codec, photos_folder: Path, tmp_path: Path) -> None:
+    """Only what draws changes, also at both ends; the export holds them."""
+    start = f"start_from={codec.spec.weights}"
+    made = recipe(photos_folder, tmp_path, "stage=ends", "steps=6", "log_every=6", start)
+    trainer = Trainer(made, CPU, resume=False)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.run()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.startswith(zoo.SYNTHESIS)), name
+    assert any(name.startswith(zoo.ENDS) for name in before)
+
+    weights = tmp_path / "weights"
+    shutil.copytree(zoo.WEIGHTS, weights)
+    old, new = load_file(codec.spec.weights), load_file(export_weights(tmp_path / CHECKPOINT, "hyperprior", weights))
+    assert any(name.startswith(zoo.ENDS) for name in new)
+    # Biases by quality went through their knots.
+    kept = [name for name in new if name.startswith(("enc_", "prior.")) and name.endswith("weight")]
+    assert all(torch.equal(new[name], old[name]) for name in kept)
+    assert zoo.has_ends(tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="start_from"):
+        Trainer(recipe(photos_folder, tmp_path / "b", "stage=ends"), CPU, resume=False)
+    with pytest.raises(ValueError, match="has no ends"):
+        Trainer(recipe(photos_folder, tmp_path / "c", "stage=ends", "model=visual", start), CPU, resume=False)
+
+
+def test_ends_begin_as_the_middle(photos_folder: Path, tmp_path: Path) -> None:
+    start = f"start_from={zoo.describe('hyperprior-1').weights}"
+    trainer = Trainer(recipe(photos_folder, tmp_path, "stage=ends", start), CPU, resume=False)
+    own = dict(trainer.model.named_parameters())
+    ends = {name: p for name, p in own.items() if name.startswith(zoo.ENDS)}
+    assert len(ends) > 50
+    for name, parameter in ends.items():
+        assert torch.equal(parameter, own[name.removeprefix(zoo.ENDS)[2:]]), name
+
+
+def test_equalising_spreads_hidden_features_over_their_range(codec: Codec, photo: Picture) -> None:
+    """What coarse integers cost is won back, and nothing else changes."""
+    network = Hyperprior().eval()
+    zoo.load_parameters(network, codec.spec.weights)
+    prior, t = network.prior, torch.tensor([0.3])
+    x = torch.from_numpy(photo.pixels[:192, :192].copy()).permute(2, 0, 1)[None].float() / 255 - 0.5
+    with torch.no_grad():
+        y = network.analyse(x, t)
+        z = network.hyper_analysis(y)
+
+    def bits() -> float:
+        with torch.no_grad():
+            return prior(z, y, t)[1].item()
+
+    as_it_is = bits()
+    with torch.no_grad():
+        for layer, following in ((prior.up_spatial, prior.up_mix), (prior.contexts[0].mix, prior.contexts[0].head)):
+            assert isinstance(layer, QuantConv)
+            assert isinstance(following, QuantConv)
+            layer.weight.div_(16)
+            layer.bias.div_(16)
+            following.weight.mul_(16)
+    coarse = bits()
+    for _ in range(2):  # by at most 4 each time
+        equalise(prior, lambda: prior.estimate(z, y, t))
+    assert coarse > 1.01 * as_it_is
+    assert bits() < as_it_is + 0.2 * (coarse - as_it_is)

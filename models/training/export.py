@@ -64,7 +64,9 @@ def export_weights(
         index[name]["gradient"] = {"file": path.name, "sha256": zoo.save_gradient(estimate, path)}
         index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return path
-    network = zoo.architecture(index[name]["architecture"])
+    network = zoo.architecture(
+        index[name]["architecture"], {"synthesis_ends": True} if zoo.has_ends(checkpoint) else None
+    )
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
     trained_for = index[name].get("tune", "psnr")

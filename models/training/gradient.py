@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from calotype.models import shaping, tables
 from calotype.models.gradient import LearnedGradient
-from calotype.models.hyperprior import Hyperprior
 from calotype.models.training.data import RandomCrops
-from calotype.models.training.photos import VALIDATION_QUALITIES, spread_qualities, validation_photos
+from calotype.models.training.photos import VALIDATION_QUALITIES, encoder_of, spread_qualities, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
-from calotype.models.zoo import describe, load_parameters
+from calotype.models.zoo import describe
 
 
 class GradientTask(Task):
@@ -28,9 +27,7 @@ class GradientTask(Task):
         if (spec.architecture, spec.tune) != ("hyperprior", "psnr"):
             raise ValueError(f"the encoder of {recipe.model} looks at no gradients: only that of hyperprior does")
         self.recipe, self.device = recipe, device
-        self.encoder = Hyperprior().to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        load_parameters(self.encoder, recipe.start_from)
-        self.encoder.requires_grad_(False)
+        self.encoder = encoder_of(recipe.start_from, device).eval().requires_grad_(False)
         self.model: nn.Module = LearnedGradient().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
         self.photos = validation_photos(recipe)

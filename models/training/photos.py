@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from calotype.models import shaping, tables
 from calotype.models.distortion import DISTORTIONS
 from calotype.models.exact import integerise
-from calotype.models.hyperprior import Hyperprior
+from calotype.models.hyperprior import Hyperprior, HyperpriorConfig
 from calotype.models.quantizers import QUALITY_STEPS
 from calotype.models.training.counting import SymbolCounts
 from calotype.models.training.data import RandomCrops, find_photos, load_rgb, to_tensor
+from calotype.models.training.equalising import equalise
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation, evened
-from calotype.models.zoo import architecture, describe, load_parameters
+from calotype.models.zoo import architecture, describe, has_ends, load_parameters
 
 FITTED_CROPS, FITTED_SIDE = 800, 448
 """To count symbols on: how many crops, of so many pixels each way."""
+EQUALISED_CROPS = 100
+"""To see on what hidden features hold."""
 VALIDATION_QUALITIES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 
 
@@ -31,6 +34,13 @@ def validation_photos(recipe: Recipe) -> list[Tensor]:
     stride = max(1, len(photos) // recipe.validation_items)
     tensors = [to_tensor(load_rgb(p)) for p in photos[::stride][: recipe.validation_items]]
     return [x[:, :, : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64] for x in tensors]
+
+
+def encoder_of(path: Path, device: torch.device) -> Hyperprior:
+    """`hyperprior` with the parameters of a checkpoint or of shipped weights, before export, for others to train by."""
+    network = Hyperprior(HyperpriorConfig(synthesis_ends=has_ends(path)))
+    load_parameters(network, path)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def spread_qualities(batch: int, device: torch.device) -> Tensor:
@@ -68,16 +78,22 @@ def validate(
 
 @torch.no_grad()
 def fit_image_prior(model: Hyperprior, folder: Path, *, shaped: bool) -> None:
-    """Put what is coded of crops of the photographs below `folder` in place of the Gaussians of `model.prior`.
+    """Fit the integers and the tables of `model.prior` to crops of the photographs below `folder`.
 
-    The crops' qualities fill their range evenly. `shaped` is whether an encoder shapes the latents (`models.shaping`).
+    Hidden features are spread over their range (`equalising`). Then what is coded takes the place of Gaussians. The
+    crops' qualities fill their range evenly. `shaped` is whether an encoder shapes the latents (`models.shaping`).
     """
+
+    def use() -> None:
+        for x, quality in _crops(folder, EQUALISED_CROPS):
+            t = quality.float() / QUALITY_STEPS
+            y = model.analyse(x, t)
+            model.prior.estimate(model.hyper_analysis(y), y, t)
+
+    equalise(model.prior, use)
     network = integerise(model)
     counts = SymbolCounts(model.tables.half_widths, 0)
-    crops = RandomCrops(folder, batch=1, crop=FITTED_SIDE, seed=0)
-    for number in range(FITTED_CROPS):
-        x = next(crops).float() / 255 - 0.5
-        quality = torch.tensor([QUALITY_STEPS * (2 * number + 1) // (2 * FITTED_CROPS)])
+    for x, quality in _crops(folder, FITTED_CROPS):
         t = quality.float() / QUALITY_STEPS
         y = network.analyse(x, t)
         z = network.hyper_analysis(y)
@@ -86,6 +102,13 @@ def fit_image_prior(model: Hyperprior, folder: Path, *, shaped: bool) -> None:
             y = shaping.shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=False)
         counts.of(network.code((1, *y.shape[2:]), quality, y, z))
     model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))
+
+
+def _crops(folder: Path, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Crops [1, 3, H, W] in [-0.5, 0.5], and qualities [1] as integers, which rise evenly from crop to crop."""
+    crops = RandomCrops(folder, batch=1, crop=FITTED_SIDE, seed=0)
+    for number in range(count):
+        yield next(crops).float() / 255 - 0.5, torch.tensor([QUALITY_STEPS * (2 * number + 1) // (2 * count)])
 
 
 class PhotoTask(Task):

@@ -50,10 +50,11 @@ class Recipe(BaseModel):
     """Photographs or clips that are looked at."""
     frames: int = Field(8, gt=1)
     """Length of a rollout of the video model, with its key frame."""
-    stage: Literal["pictures", "synthesis", "tokens", "visual", "gradient"] = "pictures"
+    stage: Literal["pictures", "synthesis", "tokens", "ends", "visual", "gradient"] = "pictures"
     """Of the token model: `synthesis`, what draws pictures, alone; `tokens`, after its transforms and codebooks, its
-    prior and the restoration of lost tokens. `visual`, of the image model: after all of it, a second synthesis, for how
-    pictures look; `gradient`, an estimate of gradients for its encoder."""
+    prior and the restoration of lost tokens. Of the image model, after all of it: `ends`, its synthesis alone, with
+    weights of its own at either end of the quality range; `visual`, a second synthesis, for how pictures look;
+    `gradient`, an estimate of gradients for its encoder."""
     shaped_from: int | None = Field(None, ge=0)
     """Step from which the model `hyperprior` is trained on latents as an encoder shapes them; a third more a step."""
     features_from: int = Field(0, ge=0)

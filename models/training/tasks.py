@@ -74,6 +74,7 @@ def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Tas
 
     Raises WeightsError, FileNotFoundError, ValueError for unusable settings.
     """
+    from calotype.models.training.ends import EndsTask
     from calotype.models.training.gradient import GradientTask
     from calotype.models.training.photos import PhotoTask
     from calotype.models.training.video import ClipTask
@@ -84,6 +85,8 @@ def make_task(recipe: Recipe, device: torch.device, seed: int, step: int) -> Tas
         return TokenTask(recipe, device, seed) if recipe.stage == "tokens" else PictureTask(recipe, device, seed, step)
     if recipe.stage == "gradient":
         return GradientTask(recipe, device, seed)
+    if recipe.stage == "ends":
+        return EndsTask(recipe, device, seed, step)
     if recipe.stage == "visual":
         return VisualTask(recipe, device, seed, step)
     return ClipTask(recipe, device, seed) if recipe.model == "video" else PhotoTask(recipe, device, seed, step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import torch
@@ -13,7 +12,7 @@ from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops, random_part
-from calotype.models.training.photos import spread_qualities, validate, validation_photos
+from calotype.models.training.photos import encoder_of, spread_qualities, validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
 from calotype.models.zoo import SYNTHESIS, describe, load_parameters
@@ -31,9 +30,10 @@ class VisualTask(Task):
         if describe(recipe.model).architecture != "hyperprior":
             raise ValueError(f"the model {recipe.model} has no second synthesis: only hyperprior has one")
         self.recipe, self.device, self.step = recipe, device, step
-        self.encoder = Hyperprior().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        load_parameters(self.encoder, recipe.start_from)
-        self.model: nn.Module = copy.deepcopy(self.encoder)  # its latents are shaped for the synthesis of least error
+        self.encoder = encoder_of(recipe.start_from, device)
+        # Its latents are shaped for the synthesis of least error; its own has the same weights at every quality.
+        self.model: nn.Module = Hyperprior().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        load_parameters(self.model, recipe.start_from)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(SYNTHESIS))
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
