@@ -14,7 +14,6 @@ from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation, evened
 from calotype.models.zoo import SYNTHESIS, describe, has_ends, load_parameters
 
-
 _GOLDEN = (5**0.5 - 1) / 2
 
 
