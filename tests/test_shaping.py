@@ -15,6 +15,7 @@ from calotype.models import shaping, tables, zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Request, drive, gaussian_bits, gaussian_slope, own_symbols, rate_slope
 from calotype.models.shaping import Schedule
+from calotype.models.training.photos import encoder_of
 from calotype.picture import PictureCoder
 from calotype.windows import Box
 
@@ -84,8 +85,7 @@ def test_rounding_as_expected_gives_what_is_decoded(network: Hyperprior, face: P
 
 def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyperprior, face: Picture) -> None:
     """The float network of training and the exported one, by the shipped weights of both forms."""
-    trained = Hyperprior()
-    zoo.load_parameters(trained, codec.spec.weights)
+    trained = encoder_of(codec.spec.weights, CPU)
     x, t = _tensor(face), torch.tensor([0.6])
     with torch.no_grad():
         y = trained.analyse(x, t)
@@ -173,8 +173,10 @@ def test_unusual_pictures_are_not_harmed(codec: Codec, kind: str, quality: float
     pixels = {
         "noise": random.integers(0, 256, (96, 96, 3), np.uint8),
         "checks": np.tile(np.indices((96, 96)).sum(0)[..., None] % 2 * 255, (1, 1, 3)).astype(np.uint8),
-        "flat": np.full((96, 96, 3), 200, np.uint8),
+        # A byte is a hundredth of such a file: greys together.
+        "flat": np.full((8, 96, 96, 3), np.arange(20, 250, 30)[:, None, None, None], np.uint8),
         "edge": np.repeat(np.arange(96) > 41, 288).reshape(96, 96, 3).astype(np.uint8) * 255,
     }[kind]
-    plain, *shaped = (objective(codec, Picture(pixels), quality, effort) for effort in (3, 4, 5, 7, 9))
+    pictures = [Picture(p) for p in pixels.reshape(-1, 96, 96, 3)]
+    plain, *shaped = (sum(objective(codec, p, quality, effort) for p in pictures) for effort in (3, 4, 5, 7, 9))
     assert max(shaped) < 1.02 * plain
