@@ -131,7 +131,7 @@ class Improver:
         seen, whole = Box(0, 0, *pixels.shape[:2]), Box(0, 0, *latent.shape[2:])
         integer = torch.tensor([quality], device=self.device)
         t = integer.float() / QUALITY_STEPS
-        drawing = self.network.at(quality / QUALITY_STEPS)
+        drawing = self.network.at(t.item())
         rounded = torch.empty_like(latent)
         for step in range(max(1, schedule.steps)):
             keep, rate = schedule.at(step)

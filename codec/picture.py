@@ -258,7 +258,7 @@ class PictureCoder:
                 progress(0.5 * done / len(tiles))
         _conceal(canvas, lost)
         _, t = self._quality(job.quality)
-        transforms = self.transforms.at(job.quality / QUALITY_STEPS)
+        transforms = self.transforms.at(t.item())
 
         def synthesise(place: tuple[slice, slice]) -> Tensor:
             part = canvas[(..., *place)].to(self.device).contiguous(memory_format=self.layout)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -144,6 +144,11 @@ class Transforms(nn.Module):
             assert isinstance(end, nn.ModuleDict)
             for name, layer in end.items():
                 layer.load_state_dict(getattr(self, name).state_dict())
+
+    def drop_ends(self) -> Self:
+        """Draw as in the middle at every quality."""
+        self.dec_ends, self.config = None, replace(self.config, synthesis_ends=False)
+        return self
 
     def at(self, quality: float) -> Self:
         """A network that draws what this one does at one quality in [0, 1], without finding its weights every time."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import torch
 from torch import Tensor, nn
 
 from calotype.models import perceptual, shaping, structure
-from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import lagrangian
 from calotype.models.training.adversary import Adversary
 from calotype.models.training.data import RandomCrops, random_part
 from calotype.models.training.photos import encoder_of, spread_qualities, validate, validation_photos
 from calotype.models.training.recipe import Recipe
 from calotype.models.training.tasks import Forward, Losses, Task, Validation
-from calotype.models.zoo import SYNTHESIS, describe, load_parameters
+from calotype.models.zoo import SYNTHESIS, describe
 
 
 class VisualTask(Task):
@@ -32,8 +32,7 @@ class VisualTask(Task):
         self.recipe, self.device, self.step = recipe, device, step
         self.encoder = encoder_of(recipe.start_from, device)
         # Its latents are shaped for the synthesis of least error; its own has the same weights at every quality.
-        self.model: nn.Module = Hyperprior().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        load_parameters(self.model, recipe.start_from)
+        self.model: nn.Module = copy.deepcopy(self.encoder).drop_ends()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(SYNTHESIS))
         self.crops = RandomCrops(recipe.train, batch=recipe.batch, crop=recipe.crop, seed=seed, device=device)
