@@ -219,15 +219,17 @@ def _build(spec: ModelSpec, data: bytes, device: str, tune: Tune | None) -> nn.M
     from safetensors.torch import load as load_tensors
 
     from calotype.models.exact import integerise
+    from calotype.models.transforms import Transforms
 
-    config, tensors = _config(data), load_tensors(data)
+    network = integerise(architecture(spec.architecture, _config(data)))
+    tensors = load_tensors(data)
     if tune not in (None, spec.tune):
         if spec.visual is None:
             raise WeightsError(f"the model {spec.name} draws pictures in one way only: leave out the tune")
-        config["synthesis_ends"] = False
+        assert isinstance(network, Transforms)
+        network.drop_ends()
         tensors = {k: v for k, v in tensors.items() if not k.startswith(ENDS)}
         tensors |= load_tensors(_read_verified(spec.name, spec.visual.weights, spec.visual.sha256))
-    network = integerise(architecture(spec.architecture, config))
     own = network.state_dict()
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     network = network.to(memory_format=layout(torch.device(device)))  # type: ignore[call-overload]
