@@ -138,10 +138,12 @@ class Improver:
             for boxes, z in zip(groups, hyper, strict=True):
                 y = windows.stack(latent, boxes, self.device)
                 expected = self.network.expect(integer.expand(len(boxes)), z, y)
-                y_hat, slope = expected.rounded(y)
+                y_hat = expected.coded
+                slope = expected.slope(y, y_hat)
                 if schedule.guess is not None and step == 0:
                     y = self._guessed(y, y_hat, slope, features, boxes, t, schedule.guess)
-                    y_hat, slope = expected.rounded(y)  # as if the means didn't move
+                    y_hat = expected.rounded(y)  # as if the means didn't move
+                    slope = expected.slope(y, y_hat)
                 if schedule.contexts:
                     slope += self._differentiable.prior.context_slope(z, y_hat, t.expand(len(boxes)))
                 if schedule.steps:

@@ -1,7 +1,7 @@
 """`hyperprior`: the everyday image model. Scalar latents at 1/16, one set of weights for every rate.
 
-The transforms (`calotype.models.transforms`) give a latent y, which is rounded and coded exactly by a hyper-latent and
-channel slices (`calotype.models.priors`).
+The transforms (`calotype.models.transforms`) give a latent y, which is quantised, 24 symbols at a time where they carry
+much (`calotype.models.lattice`), and coded exactly by a hyper-latent and channel slices (`calotype.models.priors`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ class HyperpriorConfig(TransformsConfig):
     """Widths and depths; the defaults are those of the shipped weights."""
 
     hyper: int = 96
+    packed: bool = False
+    """Whether symbols that carry much are quantised in blocks of 24 (`calotype.models.lattice`)."""
 
 
 class Hyperprior(Transforms):
@@ -30,7 +32,7 @@ class Hyperprior(Transforms):
     def __init__(self, config: HyperpriorConfig = HyperpriorConfig()) -> None:
         super().__init__(config)
         self.hyper_analysis = HyperAnalysis(config.latent, config.hyper)
-        self.prior = Prior(config.latent, config.hyper)
+        self.prior = Prior(config.latent, config.hyper, packed=config.packed)
 
     @property
     def tables(self) -> CodingTables:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.models import tables
+from calotype.models import lattice, tables
 from calotype.models.exact import LIMIT, QuantConv, exact_matmul, round_clamp, saturate
 from calotype.models.quantizers import KNOTS
 
@@ -108,6 +108,11 @@ PASSES = (
 def as_rows(x: Tensor) -> Tensor:
     """[B, C, H, W] as one row of channels per position, [B, H * W, C]; a view if channels are innermost in memory."""
     return x.flatten(2).transpose(1, 2)
+
+
+def as_features(rows: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `as_rows`."""
+    return rows.transpose(1, 2).unflatten(2, (height, width))
 
 
 def checkerboard(height: int, width: int, parity: int | None, device: torch.device) -> Tensor:
@@ -223,14 +228,14 @@ def gaussian_slope(symbols: Tensor, index: Tensor) -> Tensor:
 
 
 def rate_slope(symbols: Tensor, error: Tensor, index: Tensor) -> Tensor:
-    """How bits grow with a latent, in bits per quantisation step; arguments and result of one shape.
+    """How bits grow with a latent, in bits per step between symbols; arguments and result of one shape.
 
     That is the slope of its symbol's bits. At zero this vanishes, although the next symbols cost much where tables are
     narrow: there it is the slope of the Gaussian's density at the latent, in nats (better than in bits, by trial).
 
     Args:
         symbols: integers.
-        error: from what is decoded to the latent, in quantisation steps.
+        error: from what is decoded to the latent, in steps between symbols.
         index: tables; latents of tables that are not coded have no slope.
     """
     precision = tables.scale_of(torch.arange(tables.SCALES, device=index.device)).pow(-2)
@@ -240,20 +245,51 @@ def rate_slope(symbols: Tensor, error: Tensor, index: Tensor) -> Tensor:
 
 
 class Expected(NamedTuple):
-    """What the prior expects of a latent [B, M, H, W]: means in quantisation steps, multiples of 1/64, and tables."""
+    """What the prior expects of a latent [B, M, H, W], and makes of it.
+
+    mean: in quantisation steps, multiples of 1/64.
+    table: of each symbol; in blocks, from which its own follows.
+    blocks: [m, lattice.BLOCK], those of `calotype.models.lattice`: indices into the flattened `as_rows` of the latent.
+    coded: the latent as it is decoded, in quantisation steps.
+    """
 
     mean: Tensor
     table: Tensor
+    blocks: Tensor
+    coded: Tensor
 
-    def symbols(self, y: Tensor) -> Tensor:
-        """The symbols, as floats, of a latent that is coded with these means and tables."""
-        return torch.floor(y - self.mean + 0.5).mul_(self.table >= tables.SKIP)
+    def rounded(self, y: Tensor) -> Tensor:
+        """Another latent as it would be decoded with these means and tables."""
+        mean, away = as_rows(self.mean), as_rows(y) - as_rows(self.mean)
+        symbols = torch.floor(away + 0.5).mul_(as_rows(self.table) >= tables.SKIP)
+        if len(self.blocks):
+            inside = lattice.nearest(_taken(away, self.blocks) / lattice.RELATIVE_STEP)
+            _put(symbols, self.blocks, inside * lattice.RELATIVE_STEP)
+        return as_features(mean + symbols, *y.shape[2:])
 
-    def rounded(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Such a latent as it is decoded, and its `rate_slope`."""
-        symbols = self.symbols(y)
-        y_hat = self.mean + symbols
-        return y_hat, rate_slope(symbols, y - y_hat, self.table)
+    def slope(self, y: Tensor, y_hat: Tensor) -> Tensor:
+        """`rate_slope` of a latent that would be decoded as `y_hat`, in bits per quantisation step."""
+        symbols, error, table = as_rows(y_hat - self.mean), as_rows(y - y_hat), as_rows(self.table)
+        if len(self.blocks):
+            symbols, error, table = (v.contiguous() for v in (symbols, error, table.clone()))
+            step = lattice.RELATIVE_STEP
+            _put(symbols, self.blocks, torch.round(_taken(symbols, self.blocks) / step))
+            _put(error, self.blocks, _taken(error, self.blocks) / step)
+            _put(table, self.blocks, lattice.table_of(_taken(table, self.blocks)))
+        slope = rate_slope(symbols, error, table)
+        if len(self.blocks):
+            _put(slope, self.blocks, _taken(slope, self.blocks) / step)
+        return as_features(slope, *y.shape[2:])
+
+
+def _taken(values: Tensor, places: Tensor) -> Tensor:
+    """Of the flattened `values` those at `places`, in their shape."""
+    return values.flatten().index_select(0, places.flatten()).view(places.shape)
+
+
+def _put(values: Tensor, places: Tensor, new: Tensor) -> None:
+    """Overwrite contiguous values at places of the flattened tensor."""
+    values.view(-1).index_copy_(0, places.flatten(), new.flatten())
 
 
 class HyperAnalysis(nn.Sequential):
@@ -282,16 +318,27 @@ class Prior(nn.Module):
     """Entropy model of a latent y [B, M, H, W] and its hyper-latent z [B, Z, ceil(H/4), ceil(W/4)].
 
     After `exact.integerise` the same module codes; before, it trains.
+
+    Args:
+        packed: whether symbols of y that carry much are quantised in blocks (`calotype.models.lattice`).
     """
 
     compand: Tensor
     frequencies: Tensor
 
     def __init__(
-        self, latent: int, hyper: int, *, hidden: int = 160, up: int = 128, passes: tuple[Pass, ...] = PASSES
+        self,
+        latent: int,
+        hyper: int,
+        *,
+        hidden: int = 160,
+        up: int = 128,
+        passes: tuple[Pass, ...] = PASSES,
+        packed: bool = False,
     ) -> None:
         super().__init__()
-        self.latent, self.hyper, self.passes = latent, hyper, passes
+        self.latent, self.hyper, self.passes, self.packed = latent, hyper, passes, packed
+        self.laws = lattice.LAWS if packed else tables.LAWS
         # Fed with zeros: a bias per quality level is all that the first half of z has as a prior.
         self.hyper_first = QuantConv(
             1,
@@ -319,14 +366,12 @@ class Prior(nn.Module):
             for p in passes
         )
         self.register_buffer("compand", tables.companding())
-        self.register_buffer("frequencies", tables.gaussian_frequencies())
+        self.register_buffer("frequencies", tables.gaussian_frequencies(self.laws))
 
     @property
     def tables(self) -> CodingTables:
         """Gaussians of all scales."""
-        return CodingTables(
-            self.frequencies, [tables.half_width(i) for i in range(tables.SCALES)], tables.SKIP, escapes=True
-        )
+        return CodingTables(self.frequencies, [law.half_width for law in self.laws], tables.SKIP, escapes=True)
 
     def _features(self, z: Tensor, t: Tensor, height: int, width: int) -> Tensor:
         """Hyper-synthesis: integers [B, hidden, height, width] from hyper-latents in 1/8 steps."""
@@ -364,7 +409,7 @@ class Prior(nn.Module):
                 bits of y.
         Returns:
             y_hat [B, M, H, W], bits of y [B], bits of z [B]. In training mode the rates are those of uniform noise in
-            place of rounding, in evaluation mode those of the symbols.
+            place of rounding, in evaluation mode those of the symbols, each rounded by itself (no blocks).
         """
         with torch.autocast(z.device.type, enabled=False):
             z, y = z.float(), y.float()
@@ -397,17 +442,7 @@ class Prior(nn.Module):
     @torch.no_grad()
     def estimate(self, z: Tensor, y: Tensor, t: Tensor) -> Expected:
         """Before export: nearly what `expect` of the exported prior gives; arguments as in `forward`."""
-        with torch.autocast(z.device.type, enabled=False):
-            z, y, t = z.float(), y.float(), torch.round(t * 64) / 64
-            features = self._features(self._rate_hyper(z, t, None)[0], t, *y.shape[2:])
-            y_hat, means, indices = (torch.zeros_like(y) for _ in range(3))
-            for p, context in zip(self.passes, self.contexts, strict=True):
-                mask, part = checkerboard(y.shape[2], y.shape[3], p.parity, y.device), slice(p.start, p.stop)
-                mean, index = _predicted(p, context, features, y_hat, t)
-                symbols = Expected(mean, index).symbols(y[:, part])
-                for whole, found in ((y_hat, mean + symbols), (means, mean), (indices, index)):
-                    whole[:, part] = torch.where(mask, found, whole[:, part])
-            return Expected(means, indices)
+        return self.expect(torch.round(t * 64) / 64, z.float(), y.float())
 
     def context_slope(self, z: Tensor, y_hat: Tensor, t: Tensor) -> Tensor:
         """Before export: derivative, by each decoded latent, of the bits of those that are predicted from it.
@@ -462,6 +497,7 @@ class Prior(nn.Module):
         z: Tensor | None,
         y: Tensor | None,
         condition: Condition | None = None,
+        note: Callable[[Pass, Tensor, Tensor], None] | None = None,
     ) -> Coding:
         """Encode (z and y given, in quantisation steps) or decode (both None): the same steps over the same integers.
 
@@ -469,6 +505,7 @@ class Prior(nn.Module):
             shape: (B, H, W) of the latent.
             level: [B] int64, quality level below `exact.LEVELS`.
             condition: what is known before, for a prior that was made for it.
+            note: called with each pass of y and its integer means and tables, [B, n, C] both.
         Yields:
             `Request`s; each must be answered with the symbols [B, n] int32.
         Returns:
@@ -489,7 +526,8 @@ class Prior(nn.Module):
                     )
                 else:
                     mean, index = self.hyper_second(pooled, z_hat, level, where)
-            value = yield from _code_part(None if z is None else as_rows(z)[:, where], mean, index, HYPER_UNIT)
+            part = None if z is None else as_rows(z)[:, where]
+            value = yield from _code_part(part, as_rows(mean), as_rows(index), HYPER_UNIT)
             as_rows(z_hat)[:, where] = value.clamp(-LIMIT, LIMIT)
         with exact_matmul(device):
             features = self._features(z_hat, level, height, width)
@@ -502,32 +540,33 @@ class Prior(nn.Module):
             known = seen[:, : p.stop if p.parity == 1 else p.start]
             with exact_matmul(device):
                 mean, index = context(features, known, level, where)
+            mean, index = as_rows(mean), as_rows(index)
+            if note is not None:
+                note(p, mean, index)
             part = None if y is None else as_rows(y[:, p.start : p.stop])[:, where]
-            value = yield from _code_part(part, mean, index, tables.MEAN_UNIT)
+            coding = _code_blocks if self.packed else _code_part
+            value = yield from coding(part, mean, index, tables.MEAN_UNIT)
             as_rows(y_hat)[:, where, p.start : p.stop] = value
             as_rows(seen)[:, where, p.start : p.stop] = self._compand(value)
         return y_hat
 
     def expect(self, level: Tensor, z: Tensor, y: Tensor) -> Expected:
         """What is expected of the latent y [B, M, H, W], in quantisation steps, when it is coded with `z`."""
-        asked: list[Request] = []
+        batch, _, height, width = y.shape
+        mean, table = (y.new_empty(batch, height * width, self.latent) for _ in range(2))
+        number = torch.arange(mean.numel(), device=y.device).view_as(mean)
+        blocks = [number.new_empty(0, lattice.BLOCK)]
 
-        def answer(request: Request) -> Tensor:
-            asked.append(request)
-            return own_symbols(request)
+        def note(p: Pass, means: Tensor, indices: Tensor) -> None:
+            where = positions(height, width, p.parity, y.device)
+            mean[:, where, p.start : p.stop] = means / tables.MEAN_UNIT
+            table[:, where, p.start : p.stop] = indices
+            if self.packed:
+                found = lattice.blocks(request(indices, torch.uint8))
+                blocks.append(request(number[:, where, p.start : p.stop], torch.int64).flatten()[found])
 
-        mean = drive(self.code((y.shape[0], *y.shape[2:]), level, z, y), answer) / tables.MEAN_UNIT
-        table = torch.empty_like(mean)
-        means, indices = as_rows(mean), as_rows(table)
-        for p, parts in zip(self.passes, asked[-len(self.passes) :], strict=True):  # those of z come first
-            where, part = positions(*y.shape[2:], p.parity, y.device), slice(p.start, p.stop)
-            index, symbols = (
-                v.unflatten(1, (p.stop - p.start, -1)).transpose(1, 2).to(mean.dtype)
-                for v in (parts.tables, own_symbols(parts))
-            )
-            indices[:, where, part] = index
-            means[:, where, part] -= symbols
-        return Expected(mean, table)
+        coded = drive(self.code((batch, height, width), level, z, y, note=note), own_symbols) / tables.MEAN_UNIT
+        return Expected(as_features(mean, height, width), as_features(table, height, width), torch.cat(blocks), coded)
 
     def _compand(self, latent: Tensor) -> Tensor:
         magnitude = latent.abs().clamp_(max=tables.COMPAND_LIMIT).int()
@@ -542,16 +581,51 @@ def _predicted(p: Pass, context: nn.Module, features: Tensor, y_hat: Tensor, t: 
 
 
 def _code_part(target: Tensor | None, mean: Tensor, index: Tensor, unit: int) -> Generator[Request, Tensor, Tensor]:
-    """Code `target` [B, n, C] around integer means in 1/unit [B, C, 1, n]; returns its values [B, n, C] in 1/unit."""
-    mean, index = as_rows(mean), as_rows(index)
+    """Code `target` [B, n, C] around integer means in 1/unit [B, n, C]; returns its values [B, n, C] in 1/unit."""
     symbols = None
     if target is not None:
         nearest = torch.floor(target - mean / unit + 0.5).clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
         symbols = request(nearest.mul_(index >= tables.SKIP), torch.int32)
     answer = yield Request(request(index, torch.uint8), symbols)
-    batch, count, channels = mean.shape
-    answer = answer.view(batch, channels, count).to(mean.device, torch.float32)
-    return torch.add(mean, answer.transpose(1, 2), alpha=unit)
+    return torch.add(mean, _answered(answer, mean), alpha=unit)
+
+
+def _code_blocks(target: Tensor | None, mean: Tensor, index: Tensor, unit: int) -> Generator[Request, Tensor, Tensor]:
+    """The same with blocks (`calotype.models.lattice`), whose other halves are a request of their own."""
+    table = request(index, torch.uint8)
+    items, n = table.shape
+    at = lattice.blocks(table)
+    place = lattice.places(at, items, n)
+    chosen = lattice.table_of(_taken(table, at))
+    first, second = table.clone(), table.new_zeros(items, lattice.room(n))
+    _put(first, at, F.pad(chosen[:, : lattice.FREE], (0, lattice.BLOCK - lattice.FREE)))
+    free, rest, sent = at[:, : lattice.FREE], None, None
+    if target is not None:
+        away = request(target - mean / unit, torch.float32)
+        symbols = torch.floor(away + 0.5).clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT).mul_(table >= tables.SKIP).int()
+        inside = (_taken(away, at) * (unit / lattice.STEP)).clamp_(2 - SYMBOL_LIMIT, SYMBOL_LIMIT - 2)
+        points = lattice.nearest(inside).int()
+        rest = points[:, lattice.FREE :]
+        _put(symbols, at, F.pad(points[:, : lattice.FREE], (0, lattice.BLOCK - lattice.FREE)))
+        sent = symbols
+    answer = (yield Request(first, sent)).to(mean.device)
+    known = _taken(answer, free)
+    parity = lattice.parities(known)
+    _put(second, place, lattice.tables_of_rest(chosen[:, lattice.FREE :], parity))
+    if rest is not None:
+        sent = answer.new_zeros(second.shape)
+        _put(sent, place, (rest - parity) >> 1)
+    halves = (yield Request(second, sent)).to(mean.device)
+    points = torch.cat([known, 2 * _taken(halves, place) + parity], 1)
+    values = answer * unit
+    _put(values, at, points * lattice.STEP)
+    return mean + _answered(values, mean)
+
+
+def _answered(answer: Tensor, like: Tensor) -> Tensor:
+    """From the order of a request to float32 [B, n, C], like another tensor."""
+    batch, count, channels = like.shape
+    return answer.view(batch, channels, count).to(like.device, torch.float32).transpose(1, 2)
 
 
 def request(values: Tensor, dtype: torch.dtype) -> Tensor:

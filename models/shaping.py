@@ -136,5 +136,7 @@ def push(network: Hyperprior, x: Tensor, t: Tensor, *, bf16: bool) -> Tensor:
     """In training: how far `ONCE` moves the latents of pictures [B, 3, H, W]; [B, M, H/16, W/16]."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         y = network.analyse(x, t)
-        y_hat, slope = network.prior.estimate(network.hyper_analysis(y), y, t).rounded(y.float())
+        expected = network.prior.estimate(network.hyper_analysis(y), y, t)
+        y_hat = expected.coded
+        slope = expected.slope(y.float(), y_hat)
     return shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=bf16) - y

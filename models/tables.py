@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,28 +45,45 @@ def scale_of(index: Tensor) -> Tensor:
     return torch.exp(math.log(SCALE_MIN) + index * LOG_SCALE_STEP)
 
 
+class Law(NamedTuple):
+    """What the symbols of a table follow: a Gaussian of standard deviation `scale`, at every stride-th integer.
+
+    A table's symbol k stands for the integer stride * k + offset.
+    """
+
+    scale: float
+    stride: int = 1
+    offset: int = 0
+
+    @property
+    def half_width(self) -> int:
+        """The table holds the symbols -half_width .. half_width, then the escape."""
+        return max(1, math.ceil(TAIL * self.scale / self.stride))
+
+
+LAWS = tuple(Law(SCALE_MIN * math.exp(index * LOG_SCALE_STEP)) for index in range(SCALES))
+"""By table."""
+
+
 def half_width(index: int) -> int:
     """Table `index` holds the symbols -half_width .. half_width, then the escape."""
-    sigma = SCALE_MIN * math.exp(index * LOG_SCALE_STEP)
-    return max(1, math.ceil(TAIL * sigma))
+    return LAWS[index].half_width
 
 
-def gaussian_frequencies() -> Tensor:
+def gaussian_frequencies(laws: Sequence[Law] = LAWS) -> Tensor:
     """Frequencies of all tables, one after another, as int32; each sums to 2 ** PRECISION, each entry is ≥ 1."""
     rows = []
     total = 2**PRECISION
-    for index in range(SCALES):
-        sigma = SCALE_MIN * math.exp(index * LOG_SCALE_STEP)
-        reach = half_width(index)
-        edges = (torch.arange(-reach, reach + 2, dtype=torch.float64) - 0.5) / sigma
-        cumulative = torch.special.ndtr(edges)
-        mass = cumulative[1:] - cumulative[:-1]
+    for law in laws:
+        reach = law.half_width
+        points = law.stride * torch.arange(-reach, reach + 1, dtype=torch.float64) + law.offset
+        mass = torch.special.ndtr((points + 0.5) / law.scale) - torch.special.ndtr((points - 0.5) / law.scale)
         frequencies = apportion(mass / mass.sum(), total - ESCAPE, floor=FLOOR, rest=reach)
         rows.append(torch.cat([frequencies, torch.tensor([ESCAPE])]))
     return torch.cat(rows).to(torch.int32)
 
 
-def fitted_frequencies(counts: Sequence[Tensor]) -> Tensor:
+def fitted_frequencies(counts: Sequence[Tensor], laws: Sequence[Law] = LAWS) -> Tensor:
     """Frequencies of all tables from how often each symbol was coded under them; like `gaussian_frequencies`.
 
     Decoded latents have longer tails than the Gaussians that a model is trained with, the longer the smaller their
@@ -76,10 +94,11 @@ def fitted_frequencies(counts: Sequence[Tensor]) -> Tensor:
     """
     total = 2**PRECISION
     rows = []
-    law = gaussian_frequencies().split([2 * half_width(index) + 2 for index in range(SCALES)])
-    for row, gaussian in zip(counts, law, strict=True):
+    gaussians = gaussian_frequencies(laws).split([2 * law.half_width + 2 for law in laws])
+    for row, gaussian, law in zip(counts, gaussians, laws, strict=True):
         row = row.double()
-        mirrored = torch.cat([(row[:-1] + row[:-1].flip(0)) / 2, row[-1:]])
+        own = row[: len(row) - 1 - law.offset]  # symmetric: odd integers are so without the last one
+        mirrored = torch.cat([(own + own.flip(0)) / 2, row[len(own) :]])
         mass = (mirrored + CERTAINTY * gaussian / total) / (mirrored.sum() + CERTAINTY)
         rows.append(apportion(mass, total, floor=FLOOR, rest=len(mass) // 2 - 1))
     return torch.cat(rows).to(torch.int32)

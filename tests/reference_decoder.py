@@ -32,7 +32,15 @@ HALF_WIDTHS = (
     24, 27, 30, 33, 37, 41, 45, 50, 56, 62, 69, 77, 85, 95, 105, 117, 130, 144, 161, 179, 198, 221, 245, 273, 303, 337,
     375, 416,
 )
+BOUND_HALF_WIDTHS = (
+    2, 3, 3, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9, 10, 11, 12, 14, 15, 17, 19, 21, 23, 25, 28, 31, 35, 39, 43, 48, 53, 59,
+    65, 72, 81, 90, 99, 111, 123, 137, 152, 169, 188, 208,
+)
 PASSES = ((0, 32, 0), (0, 32, 1), (32, 80, 0), (32, 80, 1), (80, 160, None), (160, 320, None))
+PARITY = np.array([[int(bit) for bit in row] for row in (
+    "111001100101", "101100110011", "111110010100", "110101111000", "110011001110", "101011011001",
+    "100110101101", "011011110010", "001111000111", "011100101110", "010110011011", "000001111111",
+)])
 # fmt: on
 KNOWN = (0, 32, 32, 80, 80, 160)
 
@@ -191,8 +199,11 @@ class RangeDecoder:
 
 
 def cumulative_tables(frequencies: Sequence[int]) -> list[list[int]]:
-    """3.2."""
-    bounds = [0, *accumulate(2 * w + 2 for w in HALF_WIDTHS)]
+    """3.2 and 3.5."""
+    widths = list(HALF_WIDTHS)
+    if len(frequencies) > sum(2 * w + 2 for w in widths):
+        widths += [w for width in BOUND_HALF_WIDTHS for w in (width, width)]
+    bounds = [0, *accumulate(2 * w + 2 for w in widths)]
     tables = [[0, *accumulate(frequencies[a:b])] for a, b in pairwise(bounds)]
     if bounds[-1] != len(frequencies) or any(t[-1] != TOTAL for t in tables):
         raise DamageError("tables")
@@ -323,9 +334,32 @@ class Decoder:
         def fill(target: Ints, mean: Ints, index: Ints, parity: int | None, unit: int) -> None:
             positions = np.add.outer(np.arange(target.shape[1]), np.arange(target.shape[2])) % 2
             mask = np.ones_like(positions, bool) if parity is None else positions == parity
-            symbols = np.array(read_request(decoder, self.tables, index[:, mask].ravel().tolist()), np.int64)
-            seen.append(symbols.astype("<i4").tobytes())
+            symbols = read(index[:, mask].ravel())
             target[:, mask] = mean[:, mask] + unit * symbols.reshape(len(mean), -1)
+
+        def read(index: Ints) -> Ints:
+            symbols = np.array(read_request(decoder, self.tables, index.tolist()), np.int64)
+            seen.append(symbols.astype("<i4").tobytes())
+            return symbols
+
+        def fill_packed(target: Ints, mean: Ints, index: Ints, parity: int | None) -> None:
+            """3.5."""
+            positions = np.add.outer(np.arange(target.shape[1]), np.arange(target.shape[2])) % 2
+            mask = np.ones_like(positions, bool) if parity is None else positions == parity
+            indexes = index[:, mask].ravel()
+            taking = np.flatnonzero(indexes >= 16)
+            blocks = taking[: len(taking) // 24 * 24].reshape(-1, 24)
+            free, bound = blocks[:, :12], blocks[:, 12:]
+            first, wide = indexes.copy(), np.minimum(indexes + 3, 63)
+            first[free], first[bound] = wide[free], 0
+            symbols = read(first)
+            odd = symbols[free] @ PARITY % 2
+            second = np.zeros(len(indexes) // 24 * 12, np.int64)
+            second[: bound.size] = (64 + 2 * (wide[bound] - 19) + odd).ravel()
+            symbols[bound] = 2 * read(second)[: bound.size].reshape(-1, 12) + odd
+            step = np.full(len(indexes), 64)
+            step[blocks] = 47
+            target[:, mask] = mean[:, mask] + (step * symbols).reshape(len(mean), -1)
 
         z = np.zeros((96, -(-height // 4), -(-width // 4)), np.int64)
         for colour in (0, 1):
@@ -341,7 +375,10 @@ class Decoder:
         for number, ((start, stop, parity), known) in enumerate(zip(PASSES, KNOWN, strict=True)):
             before = compand(self.compand, y[:known]) if known else None
             mean, index = self.context(f"prior.contexts.{number}", features, before, level)
-            fill(y[start:stop], mean, index, parity, 64)
+            if len(self.tables) > 64:
+                fill_packed(y[start:stop], mean, index, parity)
+            else:
+                fill(y[start:stop], mean, index, parity, 64)
         symbols = b"".join(seen)
         if struct.unpack_from("<I", payload)[0] != zlib.crc32(symbols):
             raise DamageError("symbol check")

@@ -225,12 +225,13 @@ def test_integerise_replaces_every_layer_and_leaves_the_original() -> None:
 # The whole path ---------------------------------------------------------------------------------------------------
 
 ARITHMETIC = (
-    "_int_mm abs add add_ addcmul addcmul_ clamp clamp_ conv2d eq floor_ leaky_relu_ matmul mul_ remainder sign"
+    "_int_mm abs add add_ addcmul addcmul_ amax bincount bitwise_and clamp clamp_ conv2d cumsum eq floor_ "
+    "floor_divide ge le leaky_relu_ matmul mm mul mul_ remainder sign sub"
 )
 MOVES = (
-    "_to_copy _unsafe_view alias arange cat chunk clone contiguous copy_ expand flatten index index_put_ index_select "
-    "new_full new_zeros nonzero pad permute reshape select slice split t to transpose unbind unflatten unsqueeze view "
-    "zeros zeros_like"
+    "_to_copy _unsafe_view alias arange cat chunk clone constant_pad_nd contiguous copy_ expand flatten index "
+    "index_copy_ index_put_ index_select new_full new_zeros nonzero pad permute reshape select slice split t to transpose "
+    "unbind unflatten unsqueeze view zeros zeros_like"
 )
 ALLOWED = frozenset(f"{ARITHMETIC} {MOVES}".split())
 """Operations that keep integers integers; on float64 they are the rescaling, which `floor_` ends."""

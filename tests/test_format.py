@@ -24,7 +24,7 @@ import torch
 from calotype import container, entropy, header
 from calotype.api import Codec
 from calotype.media import Picture, decode_alpha, read_picture
-from calotype.models import tables
+from calotype.models import lattice, tables
 
 GOLDEN = make_golden.GOLDEN
 
@@ -161,6 +161,12 @@ def test_specification_states_the_constants_of_the_code() -> None:
     assert widths is not None
     stated = [int(w) for w in widths[1].split()]
     assert stated == [tables.half_width(i) for i in range(tables.SCALES)] == list(reference_decoder.HALF_WIDTHS)
+    bound = re.search(r"v = ([\d\s]+)", SPECIFICATION)
+    assert bound is not None
+    assert [int(w) for w in bound[1].split() for _ in range(2)] == [law.half_width for law in lattice.LAWS[64:]]
+    rows = re.search(r"R = ([01\s]+)", SPECIFICATION)
+    assert rows is not None
+    assert [[int(bit) for bit in row] for row in rows[1].split()] == lattice.parities(torch.eye(12).int()).tolist()
     assert f"version {header.VERSION[0]}.{header.VERSION[1]}" in SPECIFICATION.splitlines()[0]
     for magic in (container.MAGIC, header.BRIEF_MAGIC):
         assert " ".join(f"{b:02X}" for b in magic) in SPECIFICATION

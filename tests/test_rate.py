@@ -245,14 +245,15 @@ def test_estimated_bits_are_the_bytes_of_the_file(
     """The information of the symbols under their tables against the size of the whole file."""
     assert large_photo.width * large_photo.height >= 300_000
     frequencies = codec.coder.network.prior.frequencies.numpy().astype(np.float64)
-    bounds = np.cumsum([0, *(2 * tables.half_width(i) + 2 for i in range(tables.SCALES))])
+    half_widths = codec.coder.network.prior.tables.half_widths
+    bounds = np.cumsum([0, *(2 * width + 2 for width in half_widths)])
     bits, escapes = 0.0, 0
 
     class Recording(entropy.Encoder):
         def push(self, tables_: entropy.Tables, symbols: entropy.Symbols) -> None:
             nonlocal bits, escapes
             for index in np.unique(tables_[tables_ >= tables.SKIP]):
-                reach = tables.half_width(int(index))
+                reach = half_widths[int(index)]
                 group = symbols[tables_ == index]
                 inside = np.abs(group) <= reach
                 row = frequencies[bounds[index] : bounds[index + 1]] / 2**tables.PRECISION

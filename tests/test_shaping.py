@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from calotype.api import Codec
 from calotype.improving import Improver
 from calotype.media import Picture
-from calotype.models import shaping, tables, zoo
+from calotype.models import lattice, shaping, tables, zoo
 from calotype.models.hyperprior import Hyperprior
 from calotype.models.priors import Request, drive, gaussian_bits, gaussian_slope, own_symbols, rate_slope
 from calotype.models.shaping import Schedule
@@ -64,7 +66,8 @@ def test_rounding_as_expected_gives_what_is_decoded(network: Hyperprior, face: P
         y = network.analyse(_tensor(face), quality / 1000)
         z = network.hyper_analysis(y)
         expected = network.expect(quality, z, y)
-        y_hat, slope = expected.rounded(y)
+        y_hat = expected.rounded(y)
+        slope = expected.slope(y, y_hat)
         asked: list[Request] = []
 
         def answer(request: Request) -> Tensor:
@@ -73,19 +76,52 @@ def test_rounding_as_expected_gives_what_is_decoded(network: Hyperprior, face: P
 
         decoded = drive(network.code((1, *y.shape[2:]), quality, y, z), answer)
     assert torch.equal(y_hat, network.dequantise(decoded))
+    assert torch.equal(y_hat, expected.coded)
     start = network.prior.passes[-1].start
-    assert torch.equal(expected.table[:, start:].flatten(), asked[-1].tables.float().flatten())
-    symbols, index = (part.view_as(slope[:, start:]) for part in (own_symbols(asked[-1]), asked[-1].tables))
+    *_, first, second = asked
+    number = torch.arange(y_hat.numel()).view(y.shape[2] * y.shape[3], -1)  # as `Expected` counts latents
+    there = torch.zeros(number.shape, dtype=torch.bool)
+    there.view(-1)[expected.blocks.flatten()] = True
+    inside = there.t().view(y.shape)[:, start:]
+    assert inside.any()
+    assert 2 * (second.tables > 0).sum() == inside.sum()
+    symbols, index = (part.view_as(inside) for part in (own_symbols(first), first.tables))
+    assert torch.equal(expected.table[:, start:][~inside], index[~inside].float())
     coded = index >= tables.SKIP
-    assert (symbols != 0).any()
-    assert (coded & (symbols == 0)).any()
-    assert torch.equal(slope[:, start:], rate_slope(symbols, (y - y_hat)[:, start:], index))
-    assert not slope[:, start:][~coded].any()
+    alone, zero = coded & ~inside, symbols == 0
+    assert (alone & ~zero).any()
+    assert (alone & zero).any()
+    error = (y - y_hat)[:, start:]
+    assert torch.equal(slope[:, start:][alone], rate_slope(symbols, error, index)[alone])
+    assert not slope[:, start:][~coded & ~inside].any()
+    # In a block a step is shorter and the table wider.
+    free, step = inside & coded, lattice.RELATIVE_STEP
+    assert (free & ~zero).any()
+    assert torch.allclose(slope[:, start:][free], rate_slope(symbols, error / step, index)[free] / step, rtol=1e-4)
 
 
 def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyperprior, face: Picture) -> None:
-    """The float network of training and the exported one, by the shipped weights of both forms."""
+    """The float network of training and the exported one, by the shipped weights of both forms; symbols one by one.
+
+    In blocks, where a mean that differs a little may move 24 symbols, only as far.
+    """
     trained = encoder_of(codec.spec.weights, CPU)
+    far = _push_and_move(trained, network, face)
+    assert far[0].norm().item() == pytest.approx(far[1].norm().item(), rel=0.05)
+    trained.prior.packed = False
+    alone = copy.copy(network)
+    alone._modules = {**network._modules, "prior": copy.copy(network.prior)}
+    alone.prior.packed = False
+    push, moved = _push_and_move(trained, alone, face)
+    assert moved.abs().mean() > 0.01
+    # Means that differ by a few 64ths move all symbols a little, and some to the next integer.
+    assert torch.cosine_similarity(push.flatten(), moved.flatten(), 0) > 0.85
+    assert push.norm().item() == pytest.approx(moved.norm().item(), rel=0.05)
+    assert not push.requires_grad
+
+
+def _push_and_move(trained: Hyperprior, network: Hyperprior, face: Picture) -> tuple[Tensor, Tensor]:
+    """How far training and an encoder at effort 5 move a latent."""
     x, t = _tensor(face), torch.tensor([0.6])
     with torch.no_grad():
         y = trained.analyse(x, t)
@@ -94,12 +130,7 @@ def test_training_pushes_latents_as_an_encoder_does(codec: Codec, network: Hyper
     with torch.inference_mode():
         better = Improver(network, CPU, "psnr").improve(face.pixels, (y.clone(),), [[whole]], 600, 5, None)
     assert better is not None
-    moved, push = better.latent - y, pushed - y
-    assert moved.abs().mean() > 0.01
-    # Means that differ by a few 64ths move all symbols a little, and some to the next integer.
-    assert torch.cosine_similarity(push.flatten(), moved.flatten(), 0) > 0.85
-    assert push.norm().item() == pytest.approx(moved.norm().item(), rel=0.05)
-    assert not (pushed - y).requires_grad
+    return pushed - y, better.latent - y
 
 
 def test_estimate_tells_most_of_the_gradient(network: Hyperprior, photo: Picture) -> None:
@@ -112,7 +143,7 @@ def test_estimate_tells_most_of_the_gradient(network: Hyperprior, photo: Picture
             analysed = network.analyse_with_features(x, t)
             y = analysed.latent
             expected = network.expect(torch.tensor([quality]), network.hyper_analysis(y), y)
-            y_hat, _ = expected.rounded(y)
+            y_hat = expected.coded
             guess = estimate(y_hat - y, analysed, t)
         gradient = shaping.error_gradient(network.synthesise, y_hat, x, t, bf16=False)
         coded = expected.table >= tables.SKIP
@@ -134,13 +165,17 @@ def test_gradients_that_go_straight_draw_the_same_picture(network: Hyperprior, f
     assert torch.cosine_similarity(*(g.flatten() for g in gradients), 0) > 0.9
 
 
-def test_an_estimate_saves_bytes(codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_saves_bytes(
+    codec: Codec, photo: Picture, large_photo: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the first look, and without one."""
     assert isinstance(codec.coder, PictureCoder)
     plain, estimated, guessed = (
-        sum(objective(codec, photo, quality, effort) for quality in (40, 60, 80)) for effort in (3, 4, 5)
+        sum(objective(codec, picture, quality, effort) for quality in (40, 60, 80) for picture in (photo, large_photo))
+        for effort in (3, 4, 5)
     )
     assert guessed < 0.99 * estimated < 0.98 * plain
+    guessed = sum(objective(codec, photo, quality, 5) for quality in (40, 60, 80))
     best = objective(codec, photo, 60, 7)
     assert codec.coder._improver is not None
     monkeypatch.setattr(codec.coder._improver, "gradient", None)

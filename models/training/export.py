@@ -64,12 +64,13 @@ def export_weights(
         index[name]["gradient"] = {"file": path.name, "sha256": zoo.save_gradient(estimate, path)}
         index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return path
-    network = zoo.architecture(
-        index[name]["architecture"], {"synthesis_ends": True} if zoo.has_ends(checkpoint) else None
-    )
+    kind, trained_for = index[name]["architecture"], index[name].get("tune", "psnr")
+    settings = {}
+    if kind == "hyperprior":
+        settings = {"synthesis_ends": zoo.has_ends(checkpoint), "packed": trained_for == "psnr"}
+    network = zoo.architecture(kind, settings)
     assert isinstance(network, Hyperprior | Mixture | Video | Vqgan)
     zoo.load_parameters(network, checkpoint)
-    trained_for = index[name].get("tune", "psnr")
     if tune not in (None, trained_for):
         if keep is not None:
             raise ValueError("a second synthesis takes nothing's place: leave out the name to keep weights under")

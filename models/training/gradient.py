@@ -44,7 +44,7 @@ class GradientTask(Task):
             analysed = self.encoder.analyse_with_features(x, t)
             y = analysed.latent
             expected = self.encoder.prior.estimate(self.encoder.hyper_analysis(y), y, t)
-            y_hat, _ = expected.rounded(y)
+            y_hat = expected.coded
             gradient = shaping.error_gradient(self.encoder.synthesise, y_hat, x, t, bf16=self.recipe.bf16)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             estimate = forward(y_hat - y, analysed, t)

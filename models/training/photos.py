@@ -38,7 +38,7 @@ def validation_photos(recipe: Recipe) -> list[Tensor]:
 
 def encoder_of(path: Path, device: torch.device) -> Hyperprior:
     """`hyperprior` with the parameters of a checkpoint or of shipped weights, before export, for others to train by."""
-    network = Hyperprior(HyperpriorConfig(synthesis_ends=has_ends(path)))
+    network = Hyperprior(HyperpriorConfig(synthesis_ends=has_ends(path), packed=True))
     load_parameters(network, path)
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -98,10 +98,11 @@ def fit_image_prior(model: Hyperprior, folder: Path, *, shaped: bool) -> None:
         y = network.analyse(x, t)
         z = network.hyper_analysis(y)
         if shaped:
-            y_hat, slope = network.expect(quality, z, y).rounded(y)
-            y = shaping.shaped_once(network.synthesise, y, y_hat, slope, x, t, bf16=False)
+            expected = network.expect(quality, z, y)
+            slope = expected.slope(y, expected.coded)
+            y = shaping.shaped_once(network.synthesise, y, expected.coded, slope, x, t, bf16=False)
         counts.of(network.code((1, *y.shape[2:]), quality, y, z))
-    model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows))
+    model.prior.frequencies.copy_(tables.fitted_frequencies(counts.rows, model.prior.laws))
 
 
 def _crops(folder: Path, count: int) -> Iterator[tuple[Tensor, Tensor]]:
