@@ -230,8 +230,8 @@ ARITHMETIC = (
 )
 MOVES = (
     "_to_copy _unsafe_view alias arange cat chunk clone constant_pad_nd contiguous copy_ expand flatten index "
-    "index_copy_ index_put_ index_select new_full new_zeros nonzero pad permute reshape select slice split t to transpose "
-    "unbind unflatten unsqueeze view zeros zeros_like"
+    "index_copy_ index_put_ index_select new_full new_zeros nonzero pad permute reshape select slice split t to "
+    "transpose unbind unflatten unsqueeze view zeros zeros_like"
 )
 ALLOWED = frozenset(f"{ARITHMETIC} {MOVES}".split())
 """Operations that keep integers integers; on float64 they are the rescaling, which `floor_` ends."""
