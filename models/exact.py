@@ -152,6 +152,8 @@ class QuantConv(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Integers [B, C, H, W] in, integers out; `t` [B] is quality in [0, 1]."""
+        if not x.numel():  # a colour of the checkerboard may have no position
+            return x.new_zeros(x.shape[0], self.weight.shape[0], *x.shape[2:])
         weight, step = self._quantised_weight()
         groups = weight.shape[0] if self.depthwise else 1
         if self.gain is None and self.training and not self.depthwise:

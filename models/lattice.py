@@ -4,7 +4,7 @@ Rounding one latent at a time leaves errors in a cube; a block of 24 whose parit
 code leaves them nearly in a ball, which is 0.99 dB less error at the same rate (construction A of Conway & Sloane,
 "Sphere Packings, Lattices and Groups", 1988; of what trellis-coded quantisation can gain, four states give as much). A
 decoder reads half of a block as any symbols, works out the parities of the other half, and reads those under tables of
-the even or of the odd symbols. Steps are smaller than elsewhere, because half of the points of a block do not exist.
+the even or of the odd symbols. Steps are smaller than elsewhere, because of 4096 points of a block only one exists.
 
 Only tables from `FIRST` on take part: where nearly all symbols are zero there is nothing to pack. Which symbols form a
 block follows from the tables alone.

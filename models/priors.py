@@ -442,7 +442,8 @@ class Prior(nn.Module):
     @torch.no_grad()
     def estimate(self, z: Tensor, y: Tensor, t: Tensor) -> Expected:
         """Before export: nearly what `expect` of the exported prior gives; arguments as in `forward`."""
-        return self.expect(torch.round(t * 64) / 64, z.float(), y.float())
+        with torch.autocast(z.device.type, enabled=False):
+            return self.expect(torch.round(t * 64) / 64, z.float(), y.float())
 
     def context_slope(self, z: Tensor, y_hat: Tensor, t: Tensor) -> Tensor:
         """Before export: derivative, by each decoded latent, of the bits of those that are predicted from it.
