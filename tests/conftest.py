@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,11 @@ from hypothesis import HealthCheck, settings
 from calotype.api import Codec
 from calotype.cli import main
 from calotype.media import Picture, read_picture
+from calotype.models import tables
+from calotype.models.exact import integerise
+from calotype.models.hyperprior import Hyperprior
 from calotype.models.quantizers import lagrangian
+from calotype.picture import PictureCoder
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -50,6 +55,17 @@ def objective(codec: Codec, picture: Picture, quality: float, effort: int, tile:
     made = codec.encode(picture, quality=quality, effort=effort, tile=tile)
     shown = codec.decode(made.data).picture.pixels.astype(float) - picture.pixels
     return made.bpp + float(lagrangian(torch.tensor(quality / 100))) * float(np.square(shown).mean())
+
+
+def unpacked(codec: Codec) -> Codec:
+    """The same weights with every symbol rounded and coded by itself."""
+    network = codec.coder.network
+    plain = integerise(Hyperprior(replace(network.config, packed=False)))
+    state = network.state_dict()
+    state["prior.frequencies"] = state["prior.frequencies"][: len(tables.gaussian_frequencies())]
+    plain.load_state_dict(state)
+    plain = plain.to(memory_format=torch.channels_last).requires_grad_(False)
+    return Codec(PictureCoder(plain, torch.device("cpu")), codec.spec)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
+from conftest import unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calotype import Codec, Picture
 from calotype.models import lattice, tables
-from calotype.models.exact import integerise
-from calotype.models.hyperprior import Hyperprior
 from calotype.models.lattice import BLOCK, FREE
-from calotype.picture import PictureCoder
-
-CPU = torch.device("cpu")
 
 
 def code() -> torch.Tensor:
@@ -92,13 +86,7 @@ def test_tables_of_halves_are_those_of_even_and_odd_symbols() -> None:
 
 
 def test_blocks_give_better_pictures_of_fewer_bytes(codec: Codec, large_photo: Picture) -> None:
-    network = codec.coder.network
-    plain = Hyperprior(replace(network.config, packed=False))
-    state = network.state_dict()
-    state["prior.frequencies"] = state["prior.frequencies"][: len(tables.gaussian_frequencies())]
-    plain = integerise(plain)
-    plain.load_state_dict(state)
-    other = Codec(PictureCoder(plain.to(memory_format=torch.channels_last), CPU), codec.spec)
+    other = unpacked(codec)
     for quality in (30, 70):
         packed, alone = (c.encode(large_photo, quality=quality, effort=3) for c in (codec, other))
         assert len(packed.data) < len(alone.data)
