@@ -31,8 +31,8 @@ from calotype.windows import Box, Progress, grid
 SHAPING: dict[int, shaping.Schedule] = {
     4: shaping.ESTIMATED,
     5: shaping.GUESSED,
-    7: shaping.Schedule(6, (0.78, 0.91), (0.022, 0.0045), guess=shaping.GUESSED.guess),
-    9: shaping.Schedule(20, (0.84, 0.95), (0.0165, 0.0027), contexts=True),
+    7: shaping.Schedule(6, (0.75, 0.85), (0.017, 0.008), guess=shaping.GUESSED.guess, bits=0.6),
+    9: shaping.Schedule(20, (0.82, 0.92), (0.0145, 0.004), contexts=True, bits=0.6),
 }
 """How symbols of least error are chosen, by effort; at other efforts they are those next to the latent."""
 REFINEMENT: dict[int, Schedule] = {7: Schedule(6, 0.08, 1.5, 0.02), 9: Schedule(20, 0.04, 3.0, 0.01)}

@@ -65,7 +65,7 @@ def unpacked(codec: Codec) -> Codec:
     state["prior.frequencies"] = state["prior.frequencies"][: len(tables.gaussian_frequencies())]
     plain.load_state_dict(state)
     plain = plain.to(memory_format=torch.channels_last).requires_grad_(False)
-    return Codec(PictureCoder(plain, torch.device("cpu")), codec.spec)
+    return Codec(PictureCoder(plain, torch.device("cpu"), gradient=codec.coder._gradient), codec.spec)
 
 
 @pytest.fixture(scope="session", autouse=True)
