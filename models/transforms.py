@@ -28,7 +28,7 @@ from calotype.models.quantizers import Modulation, base_step
 
 STRIDE = 16
 """Pixels per latent position, each way."""
-ROUGH_FROM = 0.5
+ROUGH_FROM = 0.2
 """Quality from which half of the blocks at 1/8, not only the first, may be computed in bfloat16."""
 _STRIP = 512
 """Positions that pointwise layers compute at a time on a CPU."""

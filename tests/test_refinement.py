@@ -109,7 +109,7 @@ def test_effort_can_be_measured(fur: Picture, tmp_path: Path) -> None:
 
 
 def test_the_visual_model_makes_files_that_look_better() -> None:
-    """At no more bytes than files of least error, whoever decodes them; neither has blocks, which `visual` knows not."""
+    """At no more bytes than files of least error, whoever decodes them; neither has blocks."""
     least, looks = unpacked(Codec.load(device="cpu")), Codec.load("visual")
     gains = []
     for name in ("chelsea.png", "astronaut.png", "coffee.png"):
