@@ -370,7 +370,7 @@ def test_unknown_tunes_are_refused(model: str, tune: Any) -> None:
 def test_bfloat16_moves_no_pixel_by_more_than_one(
     model: str, photo: Picture, photos: dict[str, Picture], quality: float
 ) -> None:
-    """And an encoder that multiplies so is as good."""
+    """And an encoder that multiplies so is no worse."""
     codec = Codec.load(model, device="cpu")
     assert isinstance(codec.coder, PictureCoder)
     coder = codec.coder
@@ -391,8 +391,8 @@ def test_bfloat16_moves_no_pixel_by_more_than_one(
         (size, shown_psnr), (exact_size, exact_psnr) = np.mean(
             [made(original, effort) for original in (photo, *photos.values())], 0
         )
-        assert size == pytest.approx(exact_size, rel=0.003)
-        assert shown_psnr == pytest.approx(exact_psnr, abs=0.03)
+        assert size <= 1.003 * exact_size
+        assert shown_psnr >= exact_psnr - 0.03
 
 
 def test_windows_of_the_shipped_network(codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
