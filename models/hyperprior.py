@@ -17,7 +17,7 @@ from calotype.models.transforms import Rates, Transforms, TransformsConfig
 
 @dataclass(frozen=True)
 class HyperpriorConfig(TransformsConfig):
-    """Widths and depths; the defaults are those of the shipped weights."""
+    """Widths and depths, by default those of the shipped weights, which also have ends and are packed."""
 
     hyper: int = 96
     packed: bool = False

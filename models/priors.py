@@ -260,25 +260,22 @@ class Expected(NamedTuple):
 
     def rounded(self, y: Tensor) -> Tensor:
         """Another latent as it would be decoded with these means and tables."""
-        mean, away = as_rows(self.mean), as_rows(y) - as_rows(self.mean)
+        mean, step = as_rows(self.mean), lattice.RELATIVE_STEP
+        away = (as_rows(y) - mean).contiguous()
         symbols = torch.floor(away + 0.5).mul_(as_rows(self.table) >= tables.SKIP)
-        if len(self.blocks):
-            inside = lattice.nearest(_taken(away, self.blocks) / lattice.RELATIVE_STEP)
-            _put(symbols, self.blocks, inside * lattice.RELATIVE_STEP)
+        _put(symbols, self.blocks, lattice.nearest(_taken(away, self.blocks) / step) * step)
         return as_features(mean + symbols, *y.shape[2:])
 
     def slope(self, y: Tensor, y_hat: Tensor) -> Tensor:
         """`rate_slope` of a latent that would be decoded as `y_hat`, in bits per quantisation step."""
-        symbols, error, table = as_rows(y_hat - self.mean), as_rows(y - y_hat), as_rows(self.table)
-        if len(self.blocks):
-            symbols, error, table = (v.contiguous() for v in (symbols, error, table.clone()))
-            step = lattice.RELATIVE_STEP
-            _put(symbols, self.blocks, torch.round(_taken(symbols, self.blocks) / step))
-            _put(error, self.blocks, _taken(error, self.blocks) / step)
-            _put(table, self.blocks, lattice.table_of(_taken(table, self.blocks)))
+        at, step = self.blocks, lattice.RELATIVE_STEP
+        symbols, error = (as_rows(v).contiguous() for v in (y_hat - self.mean, y - y_hat))
+        table = as_rows(self.table).clone(memory_format=torch.contiguous_format)
+        _put(symbols, at, torch.round(_taken(symbols, at) / step))
+        _put(error, at, _taken(error, at) / step)
+        _put(table, at, lattice.table_of(_taken(table, at)))
         slope = rate_slope(symbols, error, table)
-        if len(self.blocks):
-            _put(slope, self.blocks, _taken(slope, self.blocks) / step)
+        _put(slope, at, _taken(slope, at) / step)
         return as_features(slope, *y.shape[2:])
 
 

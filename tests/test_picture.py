@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import SAMPLES, unpacked
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +18,7 @@ from torch import nn
 from calotype import container
 from calotype.api import MODELS, Codec, decode, encode, psnr
 from calotype.errors import FormatError, InputError, ModelNotFoundError
-from calotype.media import Picture
+from calotype.media import Picture, read_picture
 from calotype.models import perceptual
 from calotype.models.blocks import Block, bfloat16_is_fast
 from calotype.models.exact import integerise
@@ -367,32 +368,39 @@ def test_unknown_tunes_are_refused(model: str, tune: Any) -> None:
 @pytest.mark.skipif(not bfloat16_is_fast(torch.device("cpu")), reason="this processor has no bfloat16 products")
 @pytest.mark.parametrize("model", MODELS.values())
 @pytest.mark.parametrize("quality", [0, 10, 50, 100])
-def test_bfloat16_moves_no_pixel_by_more_than_one(
-    model: str, photo: Picture, photos: dict[str, Picture], quality: float
-) -> None:
-    """And an encoder that multiplies so is no worse."""
+def test_bfloat16_moves_no_pixel_by_more_than_one(model: str, photo: Picture, quality: float) -> None:
+    """And an encoder that multiplies so is as good, symbol by symbol."""
     codec = Codec.load(model, device="cpu")
     assert isinstance(codec.coder, PictureCoder)
-    coder = codec.coder
-    plain = Codec(PictureCoder(coder.network, coder.device, tune=codec.spec.tune, gradient=coder._gradient), codec.spec)
-    assert isinstance(plain.coder, PictureCoder)
-    plain.coder.transforms = plain.coder.network
-    shown, expected = (c.decode(codec.encode(photo, quality=quality).data).picture.pixels for c in (codec, plain))
+
+    def in_float32(codec: Codec) -> Codec:
+        coder = codec.coder
+        assert isinstance(coder, PictureCoder)
+        other = PictureCoder(coder.network, coder.device, tune=codec.spec.tune, gradient=coder._gradient)
+        other.transforms = other.network
+        return Codec(other, codec.spec)
+
+    data, plain = codec.encode(photo, quality=quality).data, in_float32(codec)
+    shown, expected = (c.decode(data).picture.pixels for c in (codec, plain))
     assert 0 < (shown != expected).mean() < 0.15
     assert difference(shown, expected) == 1
+    if getattr(codec.coder.network.config, "packed", False):
+        # A block moves as a whole, whatever little moves it: a noise that says nothing of the encoder.
+        codec = unpacked(codec)
+        plain = in_float32(codec)
 
     def made(original: Picture, effort: int) -> list[tuple[int, float]]:
         """Bytes and PSNR by both encoders."""
         files = [(c, c.encode(original, quality=quality, effort=effort).data) for c in (codec, plain)]
         return [(len(data), psnr(original.pixels, c.decode(data).picture.pixels)) for c, data in files]
 
-    # With symbols that are chosen together only many pictures tell.
+    # Of few bytes one symbol more or less is felt: only several pictures tell.
+    wholes = [read_picture(path).pixels for path in sorted(SAMPLES.iterdir()) if path.suffix in (".png", ".jpg")]
+    originals = [Picture(np.ascontiguousarray(pixels[:384, :512])) for pixels in wholes]
     for effort in (3, 5):
-        (size, shown_psnr), (exact_size, exact_psnr) = np.mean(
-            [made(original, effort) for original in (photo, *photos.values())], 0
-        )
-        assert size <= 1.003 * exact_size
-        assert shown_psnr >= exact_psnr - 0.03
+        (size, shown_psnr), (exact_size, exact_psnr) = np.mean([made(p, effort) for p in originals], 0)
+        assert size == pytest.approx(exact_size, rel=0.003)
+        assert shown_psnr == pytest.approx(exact_psnr, abs=0.03)
 
 
 def test_windows_of_the_shipped_network(codec: Codec, photo: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
